@@ -1,0 +1,92 @@
+// The native module memnet_fast._native: raw addresses in, one call per plan, the GIL released while it runs.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/runner.h"
+#include "plan.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Ops = py::array_t<memnet::Op, py::array::c_style>;
+
+std::vector<double> run_plan(const Ops &ops, const memnet::Shape &shape, std::uint64_t workspace, std::int64_t bytes,
+                             std::uint64_t image, std::uint64_t out, const std::string &algorithm,
+                             const std::string &isa, int threads, bool timed) {
+  if (ops.ndim() != 1)
+    throw std::invalid_argument("ops must be a one-dimensional array of op_dtype");
+  const memnet::Op *data = ops.data();
+  const auto count = static_cast<std::size_t>(ops.size());
+  std::vector<double> milliseconds(timed ? count : 0);
+  const memnet::Algorithm chosen = memnet::parse_algorithm(algorithm);
+  {
+    py::gil_scoped_release release;
+    memnet::run(data, count, shape, reinterpret_cast<void *>(workspace), bytes, reinterpret_cast<const float *>(image),
+                reinterpret_cast<float *>(out), chosen, isa, threads, timed ? milliseconds.data() : nullptr);
+  }
+  return milliseconds;
+}
+
+} // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native MemNet operations on raw addresses. Checked arguments raise ValueError.";
+
+  PYBIND11_NUMPY_DTYPE(memnet::Op, kind, src, dst, num_src, kernel, clamp, skip_weight, reserved, srcs, scale, shift,
+                       weight_a, bias_a, weight_b, bias_b, head_weights);
+  m.attr("op_dtype") = py::dtype::of<memnet::Op>();
+  m.attr("FIRST_CONV") = static_cast<int>(memnet::kFirstConv);
+  m.attr("RESIDUAL_BLOCK") = static_cast<int>(memnet::kResidualBlock);
+  m.attr("GATE") = static_cast<int>(memnet::kGate);
+  m.attr("RECONSTRUCT") = static_cast<int>(memnet::kReconstruct);
+
+  m.def("version", [] { return MEMNET_VERSION; });
+  m.def("compiler", [] { return MEMNET_COMPILER; });
+  m.def("isas", &memnet::runnable_isas, "Instruction sets that run on this machine, best first.");
+
+  m.def(
+      "workspace_bytes",
+      [](std::int64_t n, std::int64_t h, std::int64_t w, std::int64_t cin, std::int64_t cout, std::int64_t cp,
+         std::int64_t num_slots, const std::string &algorithm, const std::string &isa, int threads) {
+        return memnet::workspace_bytes({n, h, w, cin, cout, cp, num_slots}, memnet::parse_algorithm(algorithm), isa,
+                                       threads);
+      },
+      py::arg("n"), py::arg("h"), py::arg("w"), py::arg("cin"), py::arg("cout"), py::arg("cp"), py::arg("num_slots"),
+      py::arg("algorithm"), py::arg("isa"), py::arg("threads"),
+      "Bytes that run() needs from a 64-byte aligned address with exactly these arguments.");
+
+  m.def(
+      "run",
+      [](const Ops &ops, // [count] op_dtype; the shapes behind its addresses stand in plan.h
+         std::int64_t n, std::int64_t h, std::int64_t w, std::int64_t cin, std::int64_t cout, std::int64_t cp,
+         std::int64_t num_slots,
+         std::uint64_t workspace_ptr,       // [num_slots][N, H, W, Cp] fp32 and scratch, 64-byte aligned
+         std::int64_t workspace_bytes,      // at least workspace_bytes(...)
+         std::uint64_t image_ptr,           // [N, Cin, H, W] fp32, contiguous
+         std::uint64_t out_ptr,             // [N, Cout, H, W] fp32, contiguous
+         const std::string &algorithm,      // "direct" | "winograd"
+         const std::string &isa,            // "auto" | one of isas()
+         int threads) {                     // OpenMP threads, 1..1024
+        run_plan(ops, {n, h, w, cin, cout, cp, num_slots}, workspace_ptr, workspace_bytes, image_ptr, out_ptr,
+                 algorithm, isa, threads, false);
+      },
+      py::arg("ops").noconvert(), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("cin"), py::arg("cout"),
+      py::arg("cp"), py::arg("num_slots"), py::arg("workspace_ptr"), py::arg("workspace_bytes"), py::arg("image_ptr"),
+      py::arg("out_ptr"), py::arg("algorithm"), py::arg("isa"), py::arg("threads"), "Runs a whole plan.");
+
+  m.def(
+      "run_timed",
+      [](const Ops &ops, std::int64_t n, std::int64_t h, std::int64_t w, std::int64_t cin, std::int64_t cout,
+         std::int64_t cp, std::int64_t num_slots, std::uint64_t workspace_ptr, std::int64_t workspace_bytes,
+         std::uint64_t image_ptr, std::uint64_t out_ptr, const std::string &algorithm, const std::string &isa,
+         int threads) {
+        return run_plan(ops, {n, h, w, cin, cout, cp, num_slots}, workspace_ptr, workspace_bytes, image_ptr, out_ptr,
+                        algorithm, isa, threads, true);
+      },
+      py::arg("ops").noconvert(), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("cin"), py::arg("cout"),
+      py::arg("cp"), py::arg("num_slots"), py::arg("workspace_ptr"), py::arg("workspace_bytes"), py::arg("image_ptr"),
+      py::arg("out_ptr"), py::arg("algorithm"), py::arg("isa"), py::arg("threads"),
+      "run(), returning the milliseconds of each operation.");
+}

@@ -1,0 +1,26 @@
+// Runs a whole plan on the CPU: chooses the instruction set, checks the arguments, lays out the workspace.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "../plan.h"
+
+namespace memnet {
+
+// Instruction sets that were compiled in and that this machine and its operating system can run, best first.
+std::vector<std::string> runnable_isas();
+
+Algorithm parse_algorithm(const std::string &name);
+
+// Bytes from a 64-byte aligned base: [num_slots][N, H, W, Cp] fp32, a slot for the tensor inside a residual block where
+// the algorithm needs one, scratch per thread. Throws std::invalid_argument.
+std::int64_t workspace_bytes(const Shape &shape, Algorithm algorithm, const std::string &isa, int threads);
+
+// Runs ops[0..count). image [N, Cin, H, W], out [N, Cout, H, W] fp32. Throws std::invalid_argument before anything is
+// written. With milliseconds [count], also times each operation.
+void run(const Op *ops, std::size_t count, const Shape &shape, void *workspace, std::int64_t bytes, const float *image,
+         float *out, Algorithm algorithm, const std::string &isa, int threads, double *milliseconds);
+
+} // namespace memnet
