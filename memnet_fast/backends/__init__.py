@@ -1,0 +1,82 @@
+"""Backends run plans. Each module here offers
+
+    PRECISIONS, ALGORITHMS   the names it knows, best first: what "auto" means comes first
+    why_not(config, device, precision, algorithm) -> str | None    the reason why it cannot run, if it cannot
+    pack(plan, device, precision, algorithm) -> Packed             weights in its own layout
+
+and `choose` is the one ladder that picks among them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol
+
+# `import torch` would not do here: the submodule of that name takes the attribute.
+from torch import Tensor
+from torch import device as Device
+
+from memnet_fast.backends import cpu, torch
+from memnet_fast.config import MemNetConfig
+from memnet_fast.errors import BackendUnavailable, InputError
+
+_log = logging.getLogger("memnet_fast")
+
+LADDER: dict[str, ModuleType] = {"cpu": cpu, "torch": torch}
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+ALGORITHMS = ("winograd", "direct")
+
+
+class Packed(Protocol):
+    """A plan ready to run: immutable, so that one may serve many calls at once."""
+
+    def workspace_bytes(self, n: int, h: int, w: int) -> int:
+        """Bytes of scratch memory that `run` needs for a batch [n, C_in, h, w]."""
+
+    def run(self, image: Tensor, out: Tensor, workspace: Tensor) -> None:
+        """image [N, C_in, H, W] -> out [N, C_out, H, W], both contiguous float32; workspace: uint8, 64-byte aligned."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a request for "auto" came to."""
+
+    backend: str
+    precision: str
+    algorithm: str
+
+
+def choose(config: MemNetConfig, device: Device, backend: str, precision: str, algorithm: str) -> Choice:
+    """The first backend of the ladder that can run this network on this device as asked.
+
+    backend, precision, algorithm: a name or "auto"; MEMNET_BACKEND stands in for backend "auto".
+    Raises InputError for unknown names and BackendUnavailable, with the reason, for a request that cannot be met.
+    """
+    if backend == "auto":
+        backend = os.environ.get("MEMNET_BACKEND") or "auto"
+    for name, value, known in (
+        ("backend", backend, tuple(LADDER)),
+        ("precision", precision, PRECISIONS),
+        ("algorithm", algorithm, ALGORITHMS),
+    ):
+        if value != "auto" and value not in known:
+            raise InputError(f"unknown {name} '{value}'; choose from auto, {', '.join(known)}")
+    reasons: list[str] = []
+    for name in LADDER if backend == "auto" else [backend]:
+        module = LADDER[name]
+        choice = Choice(
+            name,
+            module.PRECISIONS[0] if precision == "auto" else precision,
+            module.ALGORITHMS[0] if algorithm == "auto" else algorithm,
+        )
+        reason = module.why_not(config, device, choice.precision, choice.algorithm)
+        if reason is None:
+            _log.info("backend %s, precision %s, algorithm %s on %s", name, choice.precision, choice.algorithm, device)
+            for skipped in reasons:
+                _log.info("not taken: %s", skipped)
+            return choice
+        reasons.append(f"{name}: {reason}")
+    raise BackendUnavailable(backend, "; ".join(reasons) if backend == "auto" else reasons[0].partition(": ")[2])

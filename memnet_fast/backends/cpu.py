@@ -1,0 +1,181 @@
+"""The native CPU backend: one call into C++ runs a whole plan, float32, AVX-512, AVX2 or portable code as the machine has it.
+
+algorithm "winograd" computes the 3x3 convolutions of residual blocks as F(4x4, 3x3); "direct" sums nine taps in a fixed
+order: slower, smaller error, exact on integers, and bit-equal between tiles and the whole image.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memnet_fast import native, packing
+from memnet_fast.config import MemNetConfig
+from memnet_fast.plan import FirstConv, FusedPlan, Gate, Reconstruct, ResidualBlock
+
+PRECISIONS = ("fp32",)
+ALGORITHMS = ("winograd", "direct")
+
+_KIND = {FirstConv: 0, ResidualBlock: 1, Gate: 2, Reconstruct: 3}
+_log = logging.getLogger("memnet_fast")
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+# An OpenMP pool does not survive fork: a parallel region in the child would wait for threads that are not there.
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def why_not(config: MemNetConfig, device: torch.device, precision: str, algorithm: str) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on the CPU, the network is on {device}"
+    if precision not in PRECISIONS:
+        return f"it computes in fp32 only, not {precision}"
+    if algorithm not in ALGORITHMS:
+        return f"algorithm '{algorithm}' is not among {', '.join(ALGORITHMS)}"
+    missing = native.why_missing()
+    return f"the native module is missing ({missing})" if missing else None
+
+
+def num_threads() -> int:
+    """Threads for one call: torch.get_num_threads(), but no more than this process may use; 1 in a forked child."""
+    if _forked:
+        return 1
+    return max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)), _cgroup_cpus()))
+
+
+def _cgroup_cpus() -> int:
+    """CPUs that the control group grants, rounded up; a large number where there is no limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):
+        return 1 << 20
+
+
+def pack(plan: FusedPlan, device: torch.device, precision: str, algorithm: str) -> CpuPacked:
+    """isa: the best one that this CPU has, unless MEMNET_ISA names another."""
+    isa = os.environ.get("MEMNET_ISA") or native.module().isas()[0]
+    return CpuPacked(plan, algorithm, isa)
+
+
+@dataclass
+class CpuPacked:
+    plan: FusedPlan
+    algorithm: str
+    isa: str
+    ops: np.ndarray = field(init=False, repr=False)
+    _kept: list[np.ndarray] = field(init=False, repr=False, default_factory=list)
+    _direct: CpuPacked | None = field(init=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.ops = np.zeros(len(self.plan.ops), native.module().op_dtype)
+        self._addresses: dict[tuple[str, str], int] = {}
+        for record, op in zip(self.ops, self.plan.ops, strict=True):
+            self._fill(record, op)
+
+    @property
+    def padded_channels(self) -> int:
+        return packing.padded_channels(self.plan.config.channels)
+
+    def _fill(self, record: Any, op: Any) -> None:
+        cp = self.padded_channels
+        record["kind"] = _KIND[type(op)]
+        conv3x3 = packing.pack_winograd if self.algorithm == "winograd" else packing.pack_direct
+        match op:
+            case FirstConv():
+                record["dst"] = op.dst
+                self._point(record, "scale", op.scale, np.float32)
+                self._point(record, "shift", op.shift, np.float32)
+                self._point(record, "weight_a", op.weight, lambda w: packing.pack_first(w, cp))
+                self._point(record, "bias_a", op.bias, lambda v: packing.pad_channels(v, cp))
+            case ResidualBlock():
+                record["src"], record["dst"] = op.src, op.dst
+                for key, name in (
+                    ("scale", op.scale),
+                    ("shift", op.shift),
+                    ("bias_a", op.bias_a),
+                    ("bias_b", op.bias_b),
+                ):
+                    self._point(record, key, name, lambda v: packing.pad_channels(v, cp))
+                self._point(record, "weight_a", op.weight_a, lambda w: conv3x3(w, cp))
+                self._point(record, "weight_b", op.weight_b, lambda w: conv3x3(w, cp))
+            case Gate():
+                self._sources(record, op.srcs)
+                record["dst"] = op.dst
+                self._point(record, "scale", op.scale, lambda v: packing.pad_channels(v, cp))
+                self._point(record, "shift", op.shift, lambda v: packing.pad_channels(v, cp))
+                self._point(record, "weight_a", op.weight, lambda w: packing.pack_gate(w, len(op.srcs), cp))
+                self._point(record, "bias_a", op.bias, lambda v: packing.pad_channels(v, cp))
+            case Reconstruct():
+                self._sources(record, op.srcs)
+                weights = self.plan.weights
+                record["kernel"] = weights[op.weight].shape[-1]
+                record["clamp"] = self.plan.config.clamp
+                record["skip_weight"] = float(weights[op.skip])
+                self._point(record, "scale", op.scale, lambda v: packing.pad_channels(v, cp))
+                self._point(record, "shift", op.shift, lambda v: packing.pad_channels(v, cp))
+                self._point(record, "weight_a", op.weight, lambda w: packing.pack_reconstruct(w, cp))
+                self._point(record, "bias_a", op.bias, np.float32)
+                self._point(record, "head_weights", op.head, np.float32)
+
+    def _sources(self, record: Any, srcs: tuple[int, ...]) -> None:
+        record["num_src"] = len(srcs)
+        self._kept.append(np.array(srcs, np.int32))
+        record["srcs"] = self._kept[-1].ctypes.data
+
+    def _point(self, record: Any, key: str, name: str, pack_weight: Any) -> None:
+        """Stores the address of a packed weight; operations that share a weight share its packed copy."""
+        if (name, key) not in self._addresses:
+            self._kept.append(pack_weight(self.plan.weights[name].numpy()))
+            self._addresses[name, key] = self._kept[-1].ctypes.data
+        record[key] = self._addresses[name, key]
+
+    def _shape(self, n: int, h: int, w: int) -> tuple[int, ...]:
+        config = self.plan.config
+        return n, h, w, config.in_channels, config.out_channels, self.padded_channels, self.plan.num_slots
+
+    def workspace_bytes(self, n: int, h: int, w: int) -> int:
+        module, threads = native.module(), num_threads()
+        size = module.workspace_bytes(*self._shape(n, h, w), self.algorithm, self.isa, threads)
+        if self.algorithm == "winograd":  # the same memory must do when a result has to be computed again
+            size = max(size, module.workspace_bytes(*self._shape(1, h, w), "direct", self.isa, threads))
+        return size
+
+    def run(self, image: Tensor, out: Tensor, workspace: Tensor) -> None:
+        self._call(image, out, workspace)
+        if self.algorithm == "winograd":
+            # Winograd spreads one NaN or infinity over its whole tile, and overflows earlier: such images are computed
+            # directly, which gives the values of the definition.
+            for i in range(image.shape[0]):
+                if not torch.isfinite(out[i]).all():
+                    _log.info("image %d of the batch is not finite; computed again by the direct algorithm", i)
+                    if self._direct is None:
+                        self._direct = CpuPacked(self.plan, "direct", self.isa)
+                    self._direct._call(image[i : i + 1], out[i : i + 1], workspace)
+
+    def _call(self, image: Tensor, out: Tensor, workspace: Tensor) -> None:
+        n, _, h, w = image.shape
+        native.module().run(
+            self.ops,
+            *self._shape(n, h, w),
+            workspace.data_ptr(),
+            workspace.numel(),
+            image.data_ptr(),
+            out.data_ptr(),
+            self.algorithm,
+            self.isa,
+            num_threads(),
+        )

@@ -1,0 +1,130 @@
+"""`fuse` and `FusedMemNet`: a MemNet for inference that runs as a plan over one workspace."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memnet_fast import backends, engine, ops
+from memnet_fast.errors import InputError
+from memnet_fast.plan import batch_norm_eps, require_plain, require_structure
+from memnet_fast.reference import MemNet, check_input
+
+INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def fuse(net: nn.Module, backend: str = "auto", precision: str = "auto", algorithm: str = "auto") -> FusedMemNet:
+    """A fused network for inference that shares the parameters of `net` (a MemNet, or a FusedMemNet to fuse otherwise).
+
+    backend: "auto", "cpu", "torch". precision: "auto", "fp32", and with the torch backend "tf32", "bf16", "fp16".
+    algorithm: "auto", "winograd" or "direct", for the 3x3 convolutions of the CPU backend.
+    Puts `net` into eval mode. Raises InputError for what is not a plain MemNet, BackendUnavailable (with the reason) for a
+    request that cannot be met.
+    """
+    if isinstance(net, FusedMemNet):
+        net = net.reference
+    if not isinstance(net, MemNet):
+        raise InputError(f"only a MemNet can be fused, not {type(net).__name__}")
+    return FusedMemNet(net, backend, precision, algorithm)
+
+
+class FusedMemNet(nn.Module):
+    """MemNet as a list of fused operations over one preallocated workspace; same call as the reference.
+
+    forward(x): x [N, C_in, H, W], values in [0, 1], any H, W >= 1, any strides, float32, float16 or bfloat16, on the device
+    of the parameters -> [N, C_out, H, W], contiguous, dtype and device of x. Raises InputError for other input.
+
+    * A changed parameter or running statistic is noticed at the next call.
+    * In training mode (of this module or of any of its layers), and for input that requires grad while grad is enabled, the
+      reference computes; otherwise the result carries no gradient, also not for the parameters.
+    * Safe to call from several threads; each call in flight has its own workspace, and the largest is kept
+      (`release_workspace` gives it back).
+    """
+
+    def __init__(self, reference: MemNet, backend: str = "auto", precision: str = "auto", algorithm: str = "auto") -> None:
+        super().__init__()
+        self.reference = reference
+        self._request = (backend, precision, algorithm)
+        self.eval()
+        require_plain(reference)
+        require_structure(reference)
+        self._attach()
+        self._choice()
+
+    def _attach(self) -> None:
+        owner = uuid.uuid4().hex
+        self._spec = engine.make_spec(self.config, batch_norm_eps(self.reference), *self._request, owner)
+        weakref.finalize(self, engine.forget, self._spec)
+
+    @property
+    def config(self) -> Any:
+        return self.reference.config
+
+    @property
+    def backend(self) -> str:
+        """The backend that runs."""
+        return self._choice().backend
+
+    @property
+    def precision(self) -> str:
+        return self._choice().precision
+
+    @property
+    def algorithm(self) -> str:
+        return self._choice().algorithm
+
+    def _choice(self) -> backends.Choice:
+        return backends.choose(self.config, self._device(), *self._request)
+
+    def _device(self) -> torch.device:
+        return self.reference.first.conv.weight.device
+
+    def _state(self) -> list[Tensor]:
+        state = self.reference.state_dict(keep_vars=True)
+        return [state[name].detach() for name in engine.state_names(self.config)]
+
+    def workspace_bytes(self, n: int, h: int, w: int) -> int:
+        """Bytes of workspace that a call with [n, C_in, h, w] needs (a large batch is computed in several passes)."""
+        _, packed = engine.engine(self._spec).packed(self._state())
+        return packed.workspace_bytes(engine.images_per_pass(n, h, w), h, w)
+
+    def release_workspace(self) -> None:
+        """Frees the workspaces kept for the next call."""
+        engine.engine(self._spec).release()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.reference.first.conv.weight
+        check_input(x, self.config, INPUT_DTYPES, weight.device)
+        if not torch.compiler.is_compiling():
+            require_plain(self.reference)
+        if any(m.training for m in self.modules()) or (x.requires_grad and torch.is_grad_enabled()):
+            return self.reference(x.to(weight.dtype)).to(x.dtype)
+        if x.shape[0] == 0 or x.device.type == "meta":
+            return x.new_empty((x.shape[0], self.config.out_channels, *x.shape[2:]))
+        return ops.forward(x.detach(), self._state(), self._spec)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As nn.Module's; a call in another thread sees all of the old weights or all of the new ones."""
+        with engine.engine(self._spec).lock:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        with engine.engine(self._spec).lock if "_spec" in self.__dict__ else contextlib.nullcontext():
+            return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, or the other side of a pickle, is a network of its own with an engine of its own.
+        return {k: v for k, v in self.__dict__.items() if k != "_spec"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._attach()
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in zip(("backend", "precision", "algorithm"), self._request, strict=True))

@@ -1,0 +1,37 @@
+"""The operator `torch.ops.memnet_fast.forward`: a whole network as one node for torch.compile, torch.export and vmap."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memnet_fast.engine import engine
+from memnet_fast.errors import InputError
+
+
+@torch.library.custom_op("memnet_fast::forward", mutates_args=())
+def forward(x: Tensor, state: list[Tensor], spec: str) -> Tensor:
+    """x [N, C_in, H, W] -> [N, C_out, H, W], contiguous; state: the tensors of `engine.state_names`; spec: `engine.make_spec`.
+
+    Inference only: it has no derivative.
+    """
+    return engine(spec).run(x, state)
+
+
+@forward.register_fake
+def _(x: Tensor, state: list[Tensor], spec: str) -> Tensor:
+    channels = json.loads(spec)["config"]["out_channels"]
+    return x.new_empty((x.shape[0], channels, x.shape[2], x.shape[3]))
+
+
+@forward.register_vmap
+def _(info: Any, in_dims: Any, x: Tensor, state: list[Tensor], spec: str) -> tuple[Tensor, int]:
+    x_dim, state_dims, _ = in_dims
+    if x_dim is None or any(d is not None for d in state_dims or ()):
+        raise InputError("vmap over the weights of a fused network is not possible; only over its input")
+    folded = x.movedim(x_dim, 0)
+    y = forward(folded.flatten(0, 1), state, spec)
+    return y.unflatten(0, folded.shape[:2]), 0
