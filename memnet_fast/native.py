@@ -15,7 +15,7 @@ _BUILD_INFO = Path(__file__).with_name("_build_info.json")
 @cache
 def _load() -> tuple[ModuleType | None, ImportError | None]:
     try:
-        from memnet_fast import _native  # type: ignore[attr-defined, unused-ignore]
+        from . import _native  # type: ignore[attr-defined, unused-ignore]
     except ImportError as error:
         return None, error
     return _native, None

@@ -1,4 +1,5 @@
-// Rectangular blocks of an image: the unit of work of the direct convolutions, the first convolution and the reconstruction.
+// Rectangular blocks of an image: the unit of work of the direct convolutions, the first convolution and the
+// reconstruction.
 #pragma once
 
 #include "kernels.h"
@@ -10,8 +11,8 @@ struct Block {
   i64 image, y, x, rows, cols;
 };
 
-// 8 x 48 pixels: a patch of activations with its halo is 128 KB at 64 channels and stays in L2 beside the weights; one row of
-// sums (12 KB) stays in L1; 48 is a multiple of the 6 rows of the register block.
+// 8 x 48 pixels: a patch of activations with its halo is 128 KB at 64 channels and stays in L2 beside the weights; one
+// row of sums (12 KB) stays in L1; 48 is a multiple of the 6 rows of the register block.
 constexpr i64 kBlockRows = 8;
 constexpr i64 kBlockCols = 48;
 

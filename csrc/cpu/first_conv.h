@@ -1,4 +1,5 @@
-// dst = bias + conv3x3(relu(image * scale + shift)): few input channels, so the nine taps are gathered into one product.
+// dst = bias + conv3x3(relu(image * scale + shift)): few input channels, so the nine taps are gathered into one
+// product.
 #pragma once
 
 #include <omp.h>
@@ -32,9 +33,9 @@ inline void gather_taps(const float *image, const Shape &shape, const float *sca
 inline void first_conv(const Op &op, const Frame &frame) {
   const Shape &shape = frame.shape;
   const i64 cp = shape.cp, k = 9 * shape.cin, blocks = count_blocks(shape);
-  const float *scale = floats(op.scale), *shift = floats(op.shift);       // [Cin]
-  const float *weight = floats(op.weight_a), *bias = floats(op.bias_a);   // [9][Cin][Cp], [Cp]
-  float *dst = slot_at(frame, op.dst);                                    // [N, H, W, Cp]
+  const float *scale = floats(op.scale), *shift = floats(op.shift);     // [Cin]
+  const float *weight = floats(op.weight_a), *bias = floats(op.bias_a); // [9][Cin][Cp], [Cp]
+  float *dst = slot_at(frame, op.dst);                                  // [N, H, W, Cp]
 #pragma omp parallel num_threads(frame.threads)
   {
     float *taps = frame.scratch + omp_get_thread_num() * frame.scratch_floats;

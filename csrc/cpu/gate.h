@@ -1,4 +1,5 @@
-// dst = bias + sum_j relu(src_j * scale_j + shift_j) @ weight_j: a 1x1 convolution over slots that are never concatenated.
+// dst = bias + sum_j relu(src_j * scale_j + shift_j) @ weight_j: a 1x1 convolution over slots that are never
+// concatenated.
 #pragma once
 
 #include <omp.h>
@@ -8,7 +9,8 @@
 
 namespace memnet::MEMNET_ISA {
 
-// 96 pixels: activations and sums are 24 KB each at 64 channels, and 96 is a multiple of the 6 rows of the register block.
+// 96 pixels: activations and sums are 24 KB each at 64 channels, and 96 is a multiple of the 6 rows of the register
+// block.
 constexpr i64 kGatePixels = 96;
 
 MEMNET_INLINE i64 gate_scratch(const Shape &shape) { return kGatePixels * shape.cp; }
@@ -32,12 +34,13 @@ inline void gate(const Op &op, const Frame &frame) {
           store(sums + x * cp + c, load(bias + c));
       for (i64 j = 0; j < op.num_src; ++j) {
         const float *src = slot_at(frame, srcs[j]) + first * cp;
-        for (i64 c = 0; c < cp; c += kLanes) {
-          const vec s = load(scale + j * cp + c), t = load(shift + j * cp + c);
-          for (i64 x = 0; x < rows; ++x)
-            store(active + x * cp + c, relu(fma(load(src + x * cp + c), s, t)));
-        }
-        matmul<true>(active, cp, weight + j * cp * cp, cp, cp, sums, cp, rows);
+        for (i64 x = 0; x < rows; ++x)
+          for (i64 c = 0; c < cp; c += kLanes)
+            store(active + x * cp + c,
+                  relu(fma(load(src + x * cp + c), load(scale + j * cp + c), load(shift + j * cp + c))));
+        // While this source is multiplied, the next one travels to the cache.
+        const Ahead ahead{j + 1 < op.num_src ? slot_at(frame, srcs[j + 1]) + first * cp : nullptr, nullptr, kRows * cp};
+        matmul<true>(active, cp, weight + j * cp * cp, cp, cp, sums, cp, rows, ahead);
       }
     }
   }

@@ -10,12 +10,12 @@ struct Frame {
   Shape shape;
   Algorithm algorithm;
   int threads;
-  const float *image;               // [N, Cin, H, W]
-  float *out;                       // [N, Cout, H, W]
-  float *slots;                     // [num_slots][N, H, W, Cp]
-  float *mid;                       // [N, H, W, Cp], null where needs_mid says no
-  float *scratch;                   // [threads][scratch_floats]
-  std::int64_t scratch_floats;      // per thread, a multiple of 16
+  const float *image;          // [N, Cin, H, W]
+  float *out;                  // [N, Cout, H, W]
+  float *slots;                // [num_slots][N, H, W, Cp]
+  float *mid;                  // [N, H, W, Cp], null where needs_mid says no
+  float *scratch;              // [threads][scratch_floats]
+  std::int64_t scratch_floats; // per thread, a multiple of 16
 };
 
 struct Kernels {

@@ -38,10 +38,30 @@ MEMNET_INLINE void multiply_block(const float *a, i64 lda, const float *weight, 
       store(c + r * ldc + v * kLanes, sum[r][v]);
 }
 
+// Memory that the caller touches next: with every register block, `step` floats are prefetched from where it will read
+// and `step` floats from where it will write. Either may be null.
+struct Ahead {
+  const float *read = nullptr;
+  const float *write = nullptr;
+  i64 step = 0;
+};
+
 template <bool kAccumulate, int kV>
-void multiply_rows(const float *a, i64 lda, const float *weight, i64 cp, i64 k, float *c, i64 ldc, i64 rows) {
-  for (; rows >= kRows; rows -= kRows, a += kRows * lda, c += kRows * ldc)
+void multiply_rows(const float *a, i64 lda, const float *weight, i64 cp, i64 k, float *c, i64 ldc, i64 rows,
+                   Ahead ahead) {
+  for (; rows >= kRows; rows -= kRows, a += kRows * lda, c += kRows * ldc) {
+    if (ahead.read != nullptr) {
+      for (i64 i = 0; i < ahead.step; i += 16)
+        __builtin_prefetch(ahead.read + i, 0);
+      ahead.read += ahead.step;
+    }
+    if (ahead.write != nullptr) {
+      for (i64 i = 0; i < ahead.step; i += 16)
+        __builtin_prefetch(ahead.write + i, 1);
+      ahead.write += ahead.step;
+    }
     multiply_block<kAccumulate, kRows, kV>(a, lda, weight, cp, k, c, ldc);
+  }
   switch (rows) {
   case 5:
     return multiply_block<kAccumulate, 5, kV>(a, lda, weight, cp, k, c, ldc);
@@ -61,17 +81,20 @@ void multiply_rows(const float *a, i64 lda, const float *weight, i64 cp, i64 k, 
 // c [rows][cp] = or += a [rows][k] @ weight [k][cp]. Each element is summed over k in ascending order with one
 // accumulator, whatever the number of rows. c may equal a when one group covers all channels (see covers_in_one_group).
 template <bool kAccumulate>
-MEMNET_INLINE void matmul(const float *a, i64 lda, const float *weight, i64 cp, i64 k, float *c, i64 ldc, i64 rows) {
+MEMNET_INLINE void matmul(const float *a, i64 lda, const float *weight, i64 cp, i64 k, float *c, i64 ldc, i64 rows,
+                          Ahead ahead = {}) {
   i64 left = cp / kLanes;
-  for (; left >= kGroup; left -= kGroup, weight += kGroup * kLanes, c += kGroup * kLanes)
-    multiply_rows<kAccumulate, kGroup>(a, lda, weight, cp, k, c, ldc, rows);
+  for (; left >= kGroup; left -= kGroup, weight += kGroup * kLanes, c += kGroup * kLanes) {
+    multiply_rows<kAccumulate, kGroup>(a, lda, weight, cp, k, c, ldc, rows, ahead);
+    ahead = {}; // once is enough
+  }
   if constexpr (kGroup == 4) {
     if (left == 3)
-      multiply_rows<kAccumulate, 3>(a, lda, weight, cp, k, c, ldc, rows);
+      multiply_rows<kAccumulate, 3>(a, lda, weight, cp, k, c, ldc, rows, ahead);
     else if (left == 2)
-      multiply_rows<kAccumulate, 2>(a, lda, weight, cp, k, c, ldc, rows);
+      multiply_rows<kAccumulate, 2>(a, lda, weight, cp, k, c, ldc, rows, ahead);
     else if (left == 1)
-      multiply_rows<kAccumulate, 1>(a, lda, weight, cp, k, c, ldc, rows);
+      multiply_rows<kAccumulate, 1>(a, lda, weight, cp, k, c, ldc, rows, ahead);
   }
 }
 

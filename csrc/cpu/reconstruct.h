@@ -12,9 +12,7 @@ namespace memnet::MEMNET_ISA {
 
 constexpr int kReconstructPixels = 4; // independent sums, to hide the latency of fma
 
-MEMNET_INLINE i64 reconstruct_scratch(const Shape &shape) {
-  return (kBlockRows + 2) * (kBlockCols + 2) * shape.cp;
-}
+MEMNET_INLINE i64 reconstruct_scratch(const Shape &shape) { return (kBlockRows + 2) * (kBlockCols + 2) * shape.cp; }
 
 // mixed [rows + 2 * radius][cols + 2 * radius][Cp], zero outside the image.
 inline void mix_heads(const Op &op, const Frame &frame, const Block &block, i64 radius, float *mixed) {
@@ -38,7 +36,8 @@ inline void mix_heads(const Op &op, const Frame &frame, const Block &block, i64 
     }
 }
 
-// sums [kP]: kP neighbouring pixels of one row against one output channel's weight [kernel * kernel][Cp], taps cout * cp apart.
+// sums [kP]: kP neighbouring pixels of one row against one output channel's weight [kernel * kernel][Cp], taps cout *
+// cp apart.
 template <int kP>
 MEMNET_INLINE void dot_pixels(const float *mixed, i64 pitch, i64 cp, i64 kernel, const float *weight, i64 tap_stride,
                               float *sums) {

@@ -89,8 +89,8 @@ struct Checker {
   std::string where;
 
   void slot(std::int32_t index, const char *name) const {
-    require(index >= 0 && index < shape.num_slots,
-            where + ": " + name + " slot " + std::to_string(index) + " is not in 0.." + std::to_string(shape.num_slots - 1));
+    require(index >= 0 && index < shape.num_slots, where + ": " + name + " slot " + std::to_string(index) +
+                                                       " is not in 0.." + std::to_string(shape.num_slots - 1));
   }
   void pointer(std::uint64_t address, const char *name) const {
     require(address != 0, where + ": " + name + " is null");
@@ -157,8 +157,8 @@ void run(const Op *ops, std::size_t count, const Shape &shape, void *workspace, 
   const Layout layout = lay_out(shape, algorithm, kernels, threads);
   require(workspace != nullptr, "the workspace pointer is null");
   require(reinterpret_cast<std::uintptr_t>(workspace) % kAlignment == 0, "the workspace is not aligned to 64 bytes");
-  require(bytes >= layout.bytes, "the workspace has " + std::to_string(bytes) + " bytes; " +
-                                     std::to_string(layout.bytes) + " are needed");
+  require(bytes >= layout.bytes,
+          "the workspace has " + std::to_string(bytes) + " bytes; " + std::to_string(layout.bytes) + " are needed");
   require(image != nullptr && out != nullptr, "the image or output pointer is null");
   require(reinterpret_cast<std::uintptr_t>(image) % alignof(float) == 0 &&
               reinterpret_cast<std::uintptr_t>(out) % alignof(float) == 0,

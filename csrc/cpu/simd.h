@@ -1,9 +1,9 @@
 // A vector of kLanes floats for the instruction set that this translation unit is compiled for.
 //
 // Everything lives in namespace memnet::MEMNET_ISA: two translation units compiled with different -m flags must never
-// share a symbol, or the linker might keep the AVX-512 copy for a machine that has none. For the same reason the kernels
-// instantiate nothing from namespace std. The build sets -ffp-contract=off; fusing happens in fma() alone, so an element
-// sees the same roundings whichever loop computes it.
+// share a symbol, or the linker might keep the AVX-512 copy for a machine that has none. For the same reason the
+// kernels instantiate nothing from namespace std. The build sets -ffp-contract=off; fusing happens in fma() alone, so
+// an element sees the same roundings whichever loop computes it.
 #pragma once
 
 #include <cstdint>
