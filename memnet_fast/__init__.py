@@ -35,6 +35,7 @@ _HOMES = {
         "NumericError",
         "DeviceOOM",
         "BackendUnavailable",
+        "MissingExtra",
     ),
     "fused": ("FusedMemNet", "fuse"),
     "models": ("create_model", "list_models"),
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
         ImageUnsupported,
         InputError,
         MemNetError,
+        MissingExtra,
         NumericError,
         OutputError,
     )

@@ -68,6 +68,12 @@ class DeviceOOM(MemNetError, MemoryError):
     """Out of memory, also with the smallest tile."""
 
 
+class MissingExtra(MemNetError, ImportError):
+    """A package that only some functions need is not installed; says how to install it."""
+
+    exit_code = 2
+
+
 class BackendUnavailable(MemNetError, RuntimeError):
     """The backend or device asked for cannot run here; `reason` says why."""
 

@@ -1,0 +1,34 @@
+"""What the command line says, in one place: one line, on stderr, free of control characters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import click
+
+
+@dataclass
+class State:
+    """Shared by the commands of one run."""
+
+    verbose: bool = False
+
+
+def shown(text: object) -> str:
+    """Text that is safe to print: names of files may hold newlines, escape sequences and bytes that are no characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))
+
+
+def say(text: object) -> None:
+    click.echo(f"memnet: {shown(text)}", err=True)
+
+
+def say_error(text: object) -> None:
+    click.echo(f"memnet: error: {shown(' '.join(str(text).split()))}", err=True)
+
+
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as lines of aligned columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,296 @@
+"""Jobs: many files in, many files out. Everything that can be said beforehand is said before the first file is touched."""
+
+from __future__ import annotations
+
+import glob
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from memnet_fast.errors import BackendUnavailable, ImageError, InputError, MemNetError
+from memnet_fast.restore.images import EXTENSIONS, MAX_PIXELS, Encoding, read_image, write_image
+from memnet_fast.restore.restorer import Restorer
+from memnet_fast.restore.strip import comparison_strip
+from memnet_fast.restore.tiling import Tiled
+
+FORMATS = {"png": (".png", "PNG"), "jpg": (".jpg", "JPEG"), "webp": (".webp", "WEBP"), "tiff": (".tiff", "TIFF")}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image: where it comes from and where it goes. format: a value of EXTENSIONS, or None for that of the source."""
+
+    source: Path
+    target: Path
+    format: str | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """ignored: what stood in folders and globs and is not restored, and why."""
+
+    items: list[Item]
+    ignored: list[tuple[Path, str]]
+    compare: Path | None = None
+
+
+@dataclass
+class _Found:
+    """Files with the part of their path that a mirrored tree keeps."""
+
+    files: list[tuple[Path, Path]] = field(default_factory=list)
+    ignored: list[tuple[Path, str]] = field(default_factory=list)
+
+    def take(self, path: Path, relative: Path, root: Path) -> None:
+        reason = _why_ignored(path, root)
+        if reason is None:
+            self.files.append((path, relative))
+        else:
+            self.ignored.append((path, reason))
+
+
+def plan_job(
+    inputs: Sequence[str],
+    output: str,
+    *,
+    recursive: bool = False,
+    format: str = "same",
+    existing: str = "error",
+    compare: str | None = None,
+    log: str | None = None,
+) -> Job:
+    """Finds the files and names their outputs; writes nothing.
+
+    inputs: files, folders and globs. In folders and globs only files with an image's extension are taken; hidden files and
+    links that lead outside are not. output: a file for one input file (a folder if it exists as one or ends with a separator),
+    otherwise a folder, in which the tree of a folder (with `recursive`) or of a glob is mirrored.
+    format: "same" (by the extension of the output's name, which is the input's) or a key of FORMATS.
+    existing: "error" or "overwrite". compare, log: further files that the job will write, held to the same rules.
+    Outputs of an earlier run below an input folder are never taken as inputs.
+    Raises InputError if an input does not exist, two inputs have one output, an output is the file of another input, or, with
+    "error", exists already.
+    """
+    if format != "same" and format not in FORMATS:
+        raise InputError(f"unknown format '{format}'; choose from same, {', '.join(FORMATS)}")
+    if existing not in ("error", "overwrite"):
+        raise InputError(f"unknown choice '{existing}' for existing files; choose from error, overwrite")
+    if not output:
+        raise InputError("the output is an empty path")
+    as_file = len(inputs) == 1 and os.path.lexists(inputs[0]) and not os.path.isdir(inputs[0])
+    to_folder = not as_file or os.path.isdir(output) or output.endswith((os.sep, os.altsep or os.sep))
+    if to_folder and os.path.exists(output) and not os.path.isdir(output):
+        raise InputError(f"{output} is a file, but several inputs, a folder or a glob need a folder")
+    found = _find(inputs, recursive, Path(output) if to_folder else None)
+    items = []
+    for source, relative in found.files:
+        if to_folder:
+            items.append(_named(source, Path(output) / relative, format))
+        else:
+            items.append(_named_exactly(source, Path(output), format))
+    if compare is not None and len(items) > 1:
+        raise InputError(f"a comparison strip shows one image, but there are {len(items)} inputs")
+    if compare is not None and Path(compare).suffix.lower() not in EXTENSIONS:
+        raise InputError(f"the strip {compare} needs the extension of an image format, such as .png")
+    job = Job(items, found.ignored, None if compare is None else Path(compare))
+    _check_targets(job, existing, [Path(text) for text in (compare, log) if text is not None])
+    return job
+
+
+def _find(inputs: Sequence[str], recursive: bool, output: Path | None) -> _Found:
+    found = _Found()
+    skip = None if output is None else Path(os.path.realpath(output))
+    for text in inputs:
+        path = Path(text)
+        if path.is_dir():
+            _find_in_folder(path, recursive, skip, found)
+        elif os.path.lexists(text):
+            found.files.append((path, Path(path.name)))
+        elif glob.has_magic(text):
+            _find_by_glob(text, skip, found)
+        else:
+            raise InputError(f"there is no file or folder {text}")
+    # The same file may be named twice, by a folder and by a glob.
+    unique = {(_key(path), relative): (path, relative) for path, relative in found.files}
+    found.files = list(unique.values())
+    return found
+
+
+def _find_in_folder(folder: Path, recursive: bool, skip: Path | None, found: _Found) -> None:
+    for place, names, files in os.walk(folder, onerror=_raise_unreadable):
+        here = Path(place)
+        real = Path(os.path.realpath(here))
+        if skip is not None and here != folder and real == skip:
+            found.ignored.append((here, "the output folder"))
+            names.clear()
+            continue
+        for name in sorted(files):
+            found.take(here / name, (here / name).relative_to(folder), folder)
+        if not recursive:
+            found.ignored += [(here / name, "a folder; -r takes those too") for name in sorted(names)]
+            break
+        found.ignored += [(here / name, "a link to a folder") for name in sorted(names) if (here / name).is_symlink()]
+        names.sort()
+
+
+def _find_by_glob(pattern: str, skip: Path | None, found: _Found) -> None:
+    parts = Path(pattern).parts
+    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    root = Path(*parts[:fixed])
+    for text in sorted(glob.glob(pattern, recursive=True)):
+        path = Path(text)
+        if path.is_dir():
+            continue
+        if skip is not None and skip != Path(os.path.realpath(root)) and skip in Path(os.path.realpath(path)).parents:
+            found.ignored.append((path, "in the output folder"))
+        else:
+            found.take(path, path.relative_to(root), root)
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise InputError(f"cannot list the folder {error.filename}: {error.strerror}") from error
+
+
+def _why_ignored(path: Path, root: Path) -> str | None:
+    if path.name.startswith("."):
+        return "a hidden file"
+    if path.suffix.lower() not in EXTENSIONS:
+        return "not an image by its name"
+    if path.is_symlink():
+        if not path.exists():
+            return "a broken link"
+        if Path(os.path.realpath(root)) not in Path(os.path.realpath(path)).parents:
+            return "a link that leads outside"
+    return None if path.is_file() else "not a file"
+
+
+def _named(source: Path, target: Path, format: str) -> Item:
+    if format == "same":
+        return Item(source, target, EXTENSIONS.get(target.suffix.lower()))
+    suffix, name = FORMATS[format]
+    if EXTENSIONS.get(target.suffix.lower()) == name:
+        return Item(source, target, name)
+    stem = target.stem if target.suffix.lower() in EXTENSIONS else target.name
+    return Item(source, target.with_name(stem + suffix), name)
+
+
+def _named_exactly(source: Path, target: Path, format: str) -> Item:
+    by_name = EXTENSIONS.get(target.suffix.lower())
+    if format == "same":
+        if by_name is None:
+            raise InputError(f"{target} has no known image extension; add one, name a format, or end it with {os.sep}")
+        return Item(source, target, by_name)
+    if by_name not in (None, FORMATS[format][1]):
+        raise InputError(f"the extension of {target} contradicts the format {format}")
+    return Item(source, target, FORMATS[format][1])
+
+
+def _key(path: Path) -> str:
+    """Equal for two names of one place; the place need not exist. A link at the end stands for itself."""
+    return os.path.normcase(os.path.join(os.path.realpath(path.parent), path.name))
+
+
+def _check_targets(job: Job, existing: str, others: Sequence[Path]) -> None:
+    sources = {os.path.normcase(os.path.realpath(item.source)): item for item in job.items}
+    seen: dict[str, Item] = {}
+    for item in job.items:
+        key = _key(item.target)
+        if key in seen:
+            raise InputError(f"{seen[key].source} and {item.source} would both be written to {item.target}")
+        seen[key] = item
+        owner = sources.get(key)
+        if owner is not None and owner is not item:
+            raise InputError(f"the output of {item.source} would replace another input, {item.target}")
+        if owner is item and existing == "error":
+            raise InputError(f"the output {item.target} is the input itself; --existing overwrite replaces it")
+        if item.target.is_dir():
+            raise InputError(f"the output {item.target} is a folder")
+    if len({_key(path) for path in others}) < len(others):
+        raise InputError(f"two outputs would be written to {others[0]}")
+    for path in others:
+        if _key(path) in seen or _key(path) in sources:
+            raise InputError(f"{path} would replace an input or another output")
+        if path.is_dir():
+            raise InputError(f"the output {path} is a folder")
+    if existing == "error":
+        old = [path for path in (*(item.target for item in job.items), *others) if os.path.lexists(path)]
+        if old:
+            more = f" (and {len(old) - 1} more outputs)" if len(old) > 1 else ""
+            raise InputError(f"{old[0]}{more} exists already; --existing overwrite replaces it")
+
+
+@dataclass(frozen=True)
+class FileResult:
+    """What became of one file. error: None when it was written."""
+
+    item: Item
+    seconds: float
+    error: Exception | None = None
+    size: tuple[int, int] | None = None
+    mode: str | None = None
+    tiled: Tiled | None = None
+
+
+FileProgress = Callable[[int, int, int], None]
+
+
+def run_job(
+    job: Job,
+    restorer: Restorer,
+    *,
+    encoding: Encoding | None = None,
+    max_pixels: int = MAX_PIXELS,
+    stop_on_error: bool = False,
+    progress: FileProgress | None = None,
+    on_result: Callable[[FileResult], None] | None = None,
+) -> list[FileResult]:
+    """Restores the files one after the other; one that fails is reported and does not stop the others, unless asked.
+
+    progress(index, done, total): windows of file number `index`. on_result: told about each file when it is finished.
+    Raises InputError (an option that fits no image) and BackendUnavailable, which concern every file.
+    """
+    results: list[FileResult] = []
+    for index, item in enumerate(job.items):
+
+        def told(done: int, total: int, index: int = index) -> None:
+            if progress is not None:
+                progress(index, done, total)
+
+        start = time.perf_counter()
+        try:
+            result = _restore_file(item, restorer, encoding or Encoding(), max_pixels, job.compare, told, start)
+        except (InputError, BackendUnavailable):
+            raise
+        except Exception as error:  # whatever goes wrong in one file must not take the others with it
+            result = FileResult(item, time.perf_counter() - start, error)
+        results.append(result)
+        if on_result is not None:
+            on_result(result)
+        if result.error is not None and stop_on_error:
+            break
+    return results
+
+
+def _restore_file(
+    item: Item,
+    restorer: Restorer,
+    encoding: Encoding,
+    max_pixels: int,
+    compare: Path | None,
+    progress: Callable[[int, int], None],
+    start: float,
+) -> FileResult:
+    source = read_image(item.source, max_pixels)
+    done = restorer.restore(source.image, progress)
+    write_image(item.target, done.image, item.format or source.format, encoding, source.metadata)
+    if compare is not None:
+        strip = comparison_strip([("input", source.image), ("restored", done.image)])
+        write_image(compare, strip, EXTENSIONS[compare.suffix.lower()], encoding)
+    return FileResult(item, time.perf_counter() - start, None, done.image.size, done.image.mode, done.tiled)
+
+
+def describe(error: Exception) -> str:
+    """One line for people. Errors of this package say everything themselves."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, MemNetError | ImageError) else f"unexpected {type(error).__name__}: {text}"
