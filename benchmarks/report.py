@@ -51,8 +51,9 @@ def weights_table() -> str:
     lines = ["| weights | data | noise level | PSNR noisy, dB | PSNR restored, dB |", "|---|---|---|---|---|"]
     for name, path in weights.bundled().items():
         info = weights.load_info(path)
-        for level, row in info["psnr"]["levels"].items():
-            lines.append(f"| `{name}` | {info['psnr']['data']} | {level} | {row['noisy']:.2f} | {row['restored']:.2f} |")
+        for data, levels in info["psnr"].items():
+            for level, restored in levels.items():
+                lines.append(f"| `{name}` | {data} | {level} | {info['psnr_noisy'][data][level]:.2f} | {restored:.2f} |")
     return "\n".join(lines) + "\n"
 
 

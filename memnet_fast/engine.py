@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import DeviceOOM, InputError
 from memnet_fast.plan import lower_state
 from memnet_fast.reference import MemNet
+
+_log = logging.getLogger("memnet_fast")
 
 # Batches are computed in passes of about this many pixels: more would cost memory and win nothing.
 PIXELS_PER_PASS = 1 << 17
@@ -55,6 +58,9 @@ class Engine:
 
         Values are compared, not version counters: `parameter.data.mul_(2)` changes no counter.
         """
+        if backends.cpu.forked() and torch.get_num_threads() > 1:
+            # torch's own parallel loops would wait for ever, too, for a thread pool that did not survive the fork.
+            torch.set_num_threads(1)
         with self.lock:
             device = state[0].device
             if any(t.device != device for t in state):
@@ -65,11 +71,21 @@ class Engine:
             same = seen is not None and seen.dtype == bits.dtype and seen.device == device and torch.equal(seen, bits)
             if not same or self._packed is None:
                 choice = backends.choose(self.config, device, *self.request)
+                self._tell(choice, device)
                 plan = lower_state(self.config, dict(zip(state_names(self.config), state, strict=True)), self.eps)
                 module = backends.LADDER[choice.backend]
                 self._packed = choice, module.pack(plan, device, choice.precision, choice.algorithm)
                 self._seen = bits
             return self._packed
+
+    def _tell(self, choice: backends.Choice, device: torch.device) -> None:
+        """Logs a new choice, once."""
+        if self._packed is None or self._packed[0] != choice:
+            _log.info(
+                "backend %s, precision %s, algorithm %s on %s", choice.backend, choice.precision, choice.algorithm, device
+            )
+            for reason in choice.not_taken:
+                _log.info("not taken: %s", reason)
 
     def run(self, x: Tensor, state: Sequence[Tensor]) -> Tensor:
         """x [N, C_in, H, W] -> [N, C_out, H, W], contiguous, dtype and device of x."""

@@ -157,7 +157,6 @@ def test_export_states_what_was_measured(tmp_path: Path, images: list[torch.Tens
     words = ["--validation-name", "V", "--data", "D", "--hardware", "H", "--commit", "0"]
     export.main([str(tmp_path / "r"), str(tmp_path / "w"), "--validation", str(data), *words], standalone_mode=False)
     info = weights.load_info(tmp_path / "w")
-    assert info["hours"] == 0.75 and info["psnr"]["data"] == "V" and len(info["head_weights"]) == 2
-    row = info["psnr"]["levels"]["sigma 50"]
-    assert row["noisy"] == 14.15
-    assert row["restored"] == pytest.approx(loop.validate(net, images[:1], (50,))["sigma50"], abs=1e-3)
+    assert info["hours"] == 0.75 and len(info["head_weights"]) == 2
+    assert info["psnr_noisy"]["V"]["sigma 50"] == 14.151
+    assert info["psnr"]["V"]["sigma 50"] == pytest.approx(loop.validate(net, images[:1], (50,))["sigma50"], abs=1e-3)

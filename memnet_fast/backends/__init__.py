@@ -9,9 +9,8 @@ and `choose` is the one ladder that picks among them.
 
 from __future__ import annotations
 
-import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Protocol
 
@@ -22,8 +21,6 @@ from torch import device as Device
 from memnet_fast.backends import cpu, torch
 from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import BackendUnavailable, InputError
-
-_log = logging.getLogger("memnet_fast")
 
 LADDER: dict[str, ModuleType] = {"cpu": cpu, "torch": torch}
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -47,6 +44,7 @@ class Choice:
     backend: str
     precision: str
     algorithm: str
+    not_taken: tuple[str, ...] = ()  # what stood before it on the ladder, with the reasons
 
 
 def choose(config: MemNetConfig, device: Device, backend: str, precision: str, algorithm: str) -> Choice:
@@ -74,9 +72,6 @@ def choose(config: MemNetConfig, device: Device, backend: str, precision: str, a
         )
         reason = module.why_not(config, device, choice.precision, choice.algorithm)
         if reason is None:
-            _log.info("backend %s, precision %s, algorithm %s on %s", name, choice.precision, choice.algorithm, device)
-            for skipped in reasons:
-                _log.info("not taken: %s", skipped)
-            return choice
+            return replace(choice, not_taken=tuple(reasons))
         reasons.append(f"{name}: {reason}")
     raise BackendUnavailable(backend, "; ".join(reasons) if backend == "auto" else reasons[0].partition(": ")[2])

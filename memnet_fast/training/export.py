@@ -29,11 +29,9 @@ def main(result: Path, file: Path, validation: Path, validation_name: str, data:
     net = load_result(result)
     history = load_history(result)
     restored = validate(net, load_gray_images(validation), LEVELS)
-    levels = {}
-    for sigma in LEVELS:
-        # Of noise that is neither clipped nor rounded the expectation is exact.
-        noisy = 20 * math.log10(255 / sigma)
-        levels[f"sigma {sigma:g}"] = {"noisy": round(noisy, 2), "restored": round(restored[f"sigma{sigma:g}"], 3)}
+    table = {f"sigma {sigma:g}": round(restored[f"sigma{sigma:g}"], 3) for sigma in LEVELS}
+    # Of noise that is neither clipped nor rounded the expectation is exact.
+    noisy = {f"sigma {sigma:g}": round(20 * math.log10(255 / sigma), 3) for sigma in LEVELS}
     info = {
         "task": "denoise",
         "recipe": history,
@@ -41,7 +39,8 @@ def main(result: Path, file: Path, validation: Path, validation_name: str, data:
         "hardware": hardware,
         "hours": round(sum(stage["hours"] for stage in history), 2),
         "commit": commit,
-        "psnr": {"data": validation_name, "levels": levels},
+        "psnr": {validation_name: table},
+        "psnr_noisy": {validation_name: noisy},
         "head_weights": [round(w, 4) for w in net.head_weights.tolist()] if net.head_weights is not None else None,
     }
     save_weights(net, file, info)
