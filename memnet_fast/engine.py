@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,17 @@ def state_names(config: MemNetConfig) -> tuple[str, ...]:
 
 def images_per_pass(n: int, h: int, w: int) -> int:
     return max(1, min(n, PIXELS_PER_PASS // (h * w)))
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, what: str) -> Tensor:
+    """torch.empty that raises DeviceOOM where memory is short."""
+    try:
+        return torch.empty(shape, dtype=dtype, device=device)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise
+        size = math.prod(shape) * dtype.itemsize / 2**20
+        raise DeviceOOM(f"{size:.0f} MiB of {what} on {device}: {str(error).splitlines()[0]}") from error
 
 
 class Engine:
@@ -93,7 +105,7 @@ class Engine:
         n, _, h, w = x.shape
         # A view with the negative bit set looks contiguous; its memory holds other numbers.
         image = x.detach().resolve_neg().to(torch.float32).contiguous()
-        out = torch.empty((n, self.config.out_channels, h, w), dtype=torch.float32, device=x.device)
+        out = _empty((n, self.config.out_channels, h, w), torch.float32, x.device, "output")
         step = images_per_pass(n, h, w)
         with self._workspace(x.device, packed.workspace_bytes(step, h, w)) as workspace:
             for i in range(0, n, step):
@@ -108,12 +120,7 @@ class Engine:
             workspace = self._free.pop((device, stream), None)
         if workspace is None or workspace.numel() < size:
             workspace = None  # frees the old one before the new one is asked for
-            try:
-                workspace = torch.empty(size, dtype=torch.uint8, device=device)
-            except (MemoryError, RuntimeError) as error:
-                if "memory" not in str(error):
-                    raise
-                raise DeviceOOM(f"{size / 2**20:.0f} MiB of workspace on {device}: {str(error).splitlines()[0]}") from error
+            workspace = _empty((size,), torch.uint8, device, "workspace")
         try:
             yield workspace
         finally:

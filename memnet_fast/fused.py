@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from memnet_fast import backends, engine, ops
 from memnet_fast.errors import InputError
@@ -34,6 +35,11 @@ def fuse(net: nn.Module, backend: str = "auto", precision: str = "auto", algorit
     return FusedMemNet(net, backend, precision, algorithm)
 
 
+def _has_tangent(x: Tensor) -> bool:
+    """Whether forward-mode differentiation (torch.func.jvp) passes through x."""
+    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None
+
+
 class FusedMemNet(nn.Module):
     """MemNet as a list of fused operations over one preallocated workspace; same call as the reference.
 
@@ -41,8 +47,8 @@ class FusedMemNet(nn.Module):
     of the parameters -> [N, C_out, H, W], contiguous, dtype and device of x. Raises InputError for other input.
 
     * A changed parameter or running statistic is noticed at the next call.
-    * In training mode (of this module or of any of its layers), and for input that requires grad while grad is enabled, the
-      reference computes; otherwise the result carries no gradient, also not for the parameters.
+    * In training mode (of this module or of any of its layers), for input that requires grad while grad is enabled, and for
+      input with a tangent, the reference computes; otherwise the result carries no gradient, also not for the parameters.
     * Safe to call from several threads; each call in flight has its own workspace, and the largest is kept
       (`release_workspace` gives it back).
     """
@@ -60,6 +66,8 @@ class FusedMemNet(nn.Module):
     def _attach(self) -> None:
         owner = uuid.uuid4().hex
         self._spec = engine.make_spec(self.config, batch_norm_eps(self.reference), *self._request, owner)
+        # Kept, because torch.compile cannot trace how they are found.
+        self._names = engine.state_names(self.config)
         weakref.finalize(self, engine.forget, self._spec)
 
     @property
@@ -87,7 +95,7 @@ class FusedMemNet(nn.Module):
 
     def _state(self) -> list[Tensor]:
         state = self.reference.state_dict(keep_vars=True)
-        return [state[name].detach() for name in engine.state_names(self.config)]
+        return [state[name].detach() for name in self._names]
 
     def workspace_bytes(self, n: int, h: int, w: int) -> int:
         """Bytes of workspace that a call with [n, C_in, h, w] needs (a large batch is computed in several passes)."""
@@ -101,9 +109,8 @@ class FusedMemNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.reference.first.conv.weight
         check_input(x, self.config, INPUT_DTYPES, weight.device)
-        if not torch.compiler.is_compiling():
-            require_plain(self.reference)
-        if any(m.training for m in self.modules()) or (x.requires_grad and torch.is_grad_enabled()):
+        require_plain(self.reference)
+        if any(m.training for m in self.modules()) or (x.requires_grad and torch.is_grad_enabled()) or _has_tangent(x):
             return self.reference(x.to(weight.dtype)).to(x.dtype)
         if x.shape[0] == 0 or x.device.type == "meta":
             return x.new_empty((x.shape[0], self.config.out_channels, *x.shape[2:]))

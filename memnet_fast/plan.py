@@ -299,7 +299,9 @@ def _assign_slots(ops: list[Op]) -> tuple[list[Op], int]:
     fixed = [v for v in intervals if v[0] >= 0]
     count = 1 + max(v[0] for v in fixed)
     chosen: dict[int, int] = {}
-    for value, first, last in (v for v in intervals if v[0] < 0):
+    # From the last to the first: the last map of a chain stands beside the fixed slot that its result goes to, and the ones
+    # before it can then alternate between the two. The other way round an even chain needs one slot more.
+    for value, first, last in reversed([v for v in intervals if v[0] < 0]):
         slot = 0
         # Closed intervals: a value read by an operation and the one it writes must not share a slot.
         while any(s == slot and first <= b and a <= last for s, a, b in fixed):

@@ -17,7 +17,7 @@ MEMNET_INLINE void multiply_block(const float *a, i64 lda, const float *weight, 
   for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kV; ++v)
-      sum[r][v] = kAccumulate ? load(c + r * ldc + v * kLanes) : zero();
+      sum[r][v] = zero();
   for (i64 i = 0; i < k; ++i) {
     vec column[kV];
 #pragma GCC unroll 4
@@ -35,7 +35,7 @@ MEMNET_INLINE void multiply_block(const float *a, i64 lda, const float *weight, 
   for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kV; ++v)
-      store(c + r * ldc + v * kLanes, sum[r][v]);
+      store(c + r * ldc + v * kLanes, kAccumulate ? load(c + r * ldc + v * kLanes) + sum[r][v] : sum[r][v]);
 }
 
 // Memory that the caller touches next: with every register block, `step` floats are prefetched from where it will read
@@ -79,7 +79,9 @@ void multiply_rows(const float *a, i64 lda, const float *weight, i64 cp, i64 k, 
 }
 
 // c [rows][cp] = or += a [rows][k] @ weight [k][cp]. Each element is summed over k in ascending order with one
-// accumulator, whatever the number of rows. c may equal a when one group covers all channels (see covers_in_one_group).
+// accumulator, whatever the number of rows; what c held is added last. So a long sum (a gate: up to 1,280 terms) is
+// made of partial sums over one tap or source, and loses half as much as one running sum. c may equal a when one group
+// covers all channels (see covers_in_one_group).
 template <bool kAccumulate>
 MEMNET_INLINE void matmul(const float *a, i64 lda, const float *weight, i64 cp, i64 k, float *c, i64 ldc, i64 rows,
                           Ahead ahead = {}) {

@@ -49,6 +49,11 @@ def why_not(config: MemNetConfig, device: torch.device, precision: str, algorith
     return f"the native module is missing ({missing})" if missing else None
 
 
+def forked() -> bool:
+    """Whether this process came from a fork after this module was imported."""
+    return _forked
+
+
 def num_threads() -> int:
     """Threads for one call: torch.get_num_threads(), but no more than this process may use; 1 in a forked child."""
     if _forked:
