@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from memnet_fast import native
-
-
-def cpu_model() -> str:
-    """The name that the system gives the CPU."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+from memnet_fast.health import cpu_model
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:

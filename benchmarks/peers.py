@@ -19,7 +19,7 @@ Run = Callable[[Tensor], Tensor]
 SUBJECT = "memnet_fast cpu"
 
 # glibc gives large blocks back to the system at every free, and the page faults that follow are half of PyTorch's time on
-# large activations. Peers run with pages kept, their best; "default allocator" rows show what a user gets without it.
+# large activations. Peers run with pages kept, their best; the "default allocator" peer shows what a user gets without it.
 KEEP_PAGES = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "68719476736",

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.conftest import cpu_model
+from memnet_fast.health import cpu_model
 
 _HERE = Path(__file__).parent
 

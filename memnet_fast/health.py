@@ -33,7 +33,7 @@ def doctor() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in ("torch", "numpy", "pillow", "safetensors", "scikit-image")},
         "cpu": {
-            "model": _cpu_model(),
+            "model": cpu_model(),
             "logical_cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
             "backend_threads": cpu.num_threads(),
@@ -55,7 +55,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The name that the system gives the CPU."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
