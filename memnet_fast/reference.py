@@ -108,6 +108,12 @@ class MemNet(nn.Module):
             self.register_parameter("head_weights", None)
         self.reset_parameters()
 
+    @classmethod
+    def on_cpu(cls, config: MemNetConfig) -> MemNet:
+        """A new network in float32 on the CPU, whatever default dtype and device the program has set."""
+        with torch.device("cpu"):
+            return cls(config).float()
+
     def reset_parameters(self) -> None:
         """He initialisation, biases 0; batch normalisation 1 and 0."""
         for module in self.modules():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 
 import memnet_fast as mf
 from memnet_fast.config import PRESETS
@@ -12,6 +15,19 @@ def test_presets_are_listed_and_made() -> None:
     assert set(PRESETS) <= set(mf.list_models())
     net = mf.create_model("memnet_m6r6", channels=8, num_recursions=2)
     assert net.config == mf.MemNetConfig(channels=8, num_recursions=2) and not net.training
+
+
+def test_defaults_of_the_program_have_no_effect(tmp_path: Path) -> None:
+    mf.save_weights(mf.create_model("memnet_m6r6", channels=4, num_memory_blocks=1), tmp_path / "w")
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        made = mf.create_model("memnet_m6r6", channels=4, num_memory_blocks=1), mf.load_weights(tmp_path / "w")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for net in made:
+        assert all(p.dtype == torch.float32 and p.device.type == "cpu" for p in net.parameters())
 
 
 def test_unknown_names_suggest_near_ones() -> None:

@@ -16,6 +16,7 @@ from types import FrameType
 import click
 
 from memnet_fast import __version__
+from memnet_fast.cli.convert import convert
 from memnet_fast.cli.demo import demo
 from memnet_fast.cli.denoise import denoise
 from memnet_fast.cli.doctor import doctor
@@ -34,7 +35,7 @@ def memnet() -> None:
     """Restores images with MemNet, fused."""
 
 
-for _command in (denoise, models, doctor, demo):
+for _command in (denoise, convert, models, doctor, demo):
     memnet.add_command(_command)
 
 

@@ -12,8 +12,6 @@ from memnet_fast.cli.messages import columns, shown
 @click.command()
 def models() -> int:
     """Lists the models and what their weights reach."""
-    import torch
-
     from memnet_fast import weights
     from memnet_fast.config import PRESETS
     from memnet_fast.models import create_model, list_models
@@ -26,8 +24,7 @@ def models() -> int:
             net, task = create_model(name), name.partition(".")[2]
             told = psnr_text(weights.load_info(files[name]).get("psnr"))
         else:
-            with torch.device("meta"):
-                net = MemNet(PRESETS[name])
+            net = MemNet(PRESETS[name])
             task, told = "-", "no weights: a configuration only"
         rows.append((name, f"{sum(p.numel() for p in net.parameters()):,}", task, shown(told)))
     for line in columns(rows):

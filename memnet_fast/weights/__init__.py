@@ -1,35 +1,54 @@
-"""Weight files: safetensors with the configuration, a description and a digest in the metadata; and the bundled ones.
+"""Weight files. Ours are safetensors with the configuration, a description and digests in the metadata; some are bundled.
+`load_weights` also opens the authors' .caffemodel and the PyTorch files of the ports, whatever they are called.
 
-Metadata of a file: `format` "memnet_fast", `version` "1", `config` (JSON of MemNetConfig), `sha256` (of names, dtypes, shapes
-and bytes of all tensors), `info` (JSON: recipe, data, PSNR and whatever else the author states). Batch normalisation has
-eps 1e-5, as in every published MemNet.
+Metadata of our files: `format` "memnet_fast", `version` "1", `config` (JSON of MemNetConfig), `sha256` (of names, dtypes,
+shapes and bytes of all tensors), `info` (JSON: recipe, data, PSNR and whatever else the author states), `metadata_sha256` (of
+the four texts but sha256). Batch normalisation has eps 1e-5, as in every published MemNet; another eps in a foreign file is
+folded into the variance.
+
+No reader here runs, imports or maps anything: a file is read once, checked, and its tensors are copied out.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import stat
-import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from memnet_fast.config import MemNetConfig
-from memnet_fast.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointTooLarge, InputError
+from memnet_fast.errors import CheckpointCorrupt, CheckpointError, CheckpointMismatch, InputError
 from memnet_fast.files import write_whole
 from memnet_fast.reference import MemNet
+from memnet_fast.weights import caffe, ports, safetensors_file, torch_file
+from memnet_fast.weights.fitting import EPS, Contents, Stored, build, tensor_shapes
+from memnet_fast.weights.source import read_file, sniff
+
+__all__ = ["Loaded", "bundled", "digest", "load_any", "load_info", "load_weights", "save_weights"]
 
 _FORMAT, _VERSION = "memnet_fast", "1"
-_EPS = 1e-5
+_METADATA = ("format", "version", "config", "sha256", "info", "metadata_sha256")
 MAX_BYTES = 1 << 30
 _FOLDER = Path(__file__).parent
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network from a file; line: what was recognised; info: what the author states (our files only); sha256: of the file."""
+
+    net: MemNet
+    line: str
+    info: dict[str, Any]
+    sha256: str
 
 
 def bundled() -> dict[str, Path]:
@@ -42,9 +61,14 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     total = hashlib.sha256()
     for name in sorted(tensors):
         t = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name} {t.dtype} {list(t.shape)}\n".encode())
-        total.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+        total.update(f"{name} {t.dtype} {list(t.shape)}\n".encode("utf-8", "surrogatepass"))
+        total.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def _metadata_digest(metadata: Mapping[str, str]) -> str:
+    texts = {k: metadata[k] for k in ("format", "version", "config", "info") if k in metadata}
+    return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
 
 
 def save_weights(net: MemNet, path: str | os.PathLike[str], info: Mapping[str, Any] | None = None) -> None:
@@ -52,8 +76,8 @@ def save_weights(net: MemNet, path: str | os.PathLike[str], info: Mapping[str, A
 
     Raises InputError for a batch normalisation with another eps than 1e-5, OutputError if the file cannot be written.
     """
-    if any(m.eps != _EPS for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-        raise InputError(f"a weight file holds networks whose batch normalisations have eps {_EPS}")
+    if any(m.eps != EPS for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        raise InputError(f"a weight file holds networks whose batch normalisations have eps {EPS}")
     tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     metadata = {
         "format": _FORMAT,
@@ -62,73 +86,108 @@ def save_weights(net: MemNet, path: str | os.PathLike[str], info: Mapping[str, A
         "sha256": digest(tensors),
         "info": json.dumps(dict(info or {})),
     }
+    metadata["metadata_sha256"] = _metadata_digest(metadata)
     write_whole(Path(path), safetensors.torch.save(tensors, metadata))
 
 
-def load_weights(path: str | os.PathLike[str]) -> MemNet:
-    """The network in a weight file of this package, in eval mode, float32, on the CPU.
+def load_weights(path: str | os.PathLike[str], allow_nonfinite: bool = False) -> MemNet:
+    """The network in a weight file, in eval mode, float32, on the CPU.
 
-    Raises CheckpointCorrupt (damaged, or the digest differs), CheckpointMismatch (every problem in one message),
-    CheckpointTooLarge (over 1 GiB), InputError (no such file).
+    path: a file of this package, an official .caffemodel, or a PyTorch or safetensors file of a port (see weights/ports.py);
+        its content says which, not its name. One line in the log (memnet_fast.weights, level INFO) tells what was recognised.
+    allow_nonfinite: NaN, infinite and huge values and negative variances are loaded as they are, not refused.
+    Raises InputError (no such file), CheckpointCorrupt (damaged, or a digest differs), CheckpointMismatch (every problem in
+    one message), CheckpointUnsafe (it asks for code to be run), CheckpointTooLarge (over 1 GiB, or more parts than any MemNet).
     """
+    return load_any(path, allow_nonfinite).net
+
+
+def load_any(path: str | os.PathLike[str], allow_nonfinite: bool = False) -> Loaded:
+    """As load_weights, with what was recognised."""
     path = Path(path)
-    tensors, metadata = _read(path)
+    data = read_file(path, MAX_BYTES)
     try:
-        config = MemNetConfig.from_dict(json.loads(metadata["config"]))
-    except (json.JSONDecodeError, TypeError, InputError) as error:
-        raise CheckpointMismatch(f"{path}: no usable configuration in the metadata: {error}") from error
-    net = MemNet(config)
-    expected = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
-    problems = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
-    problems += [f"unexpected {name}" for name in sorted(tensors.keys() - expected.keys())]
-    for name in sorted(expected.keys() & tensors.keys()):
-        value, want = tensors[name], expected[name].shape
-        if not value.dtype.is_floating_point:
-            problems.append(f"{name} has dtype {value.dtype}, a float is needed")
-        elif value.shape != want:
-            problems.append(f"{name} has shape {list(value.shape)}, not {list(want)}")
-        elif not torch.isfinite(value.float()).all():
-            problems.append(f"{name} is not finite")
-        elif name.endswith("running_var") and (value < 0).any():
-            problems.append(f"{name} is negative")
-    if problems:
-        raise CheckpointMismatch(f"{path}: {'; '.join(problems)}")
-    net.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
-    return net.eval()
+        contents, info = _contents(data)
+        net = build(contents, len(data), allow_nonfinite)
+    except CheckpointError as error:
+        raise type(error)(f"{path}: {error}") from error
+    _log.info("%s: %s", path, contents.line)
+    return Loaded(net, contents.line, info, hashlib.sha256(data).hexdigest())
 
 
 def load_info(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the author of a weight file states about it, and its digest; the tensors are verified. Raises as load_weights."""
-    _, metadata = _read(Path(path))
+    """What the author of a file of this package states about it, and its digest; the tensors are verified.
+
+    Raises as load_weights, and CheckpointMismatch for other formats.
+    """
+    path = Path(path)
+    data = read_file(path, MAX_BYTES)
     try:
-        return {**json.loads(metadata.get("info", "{}")), "sha256": metadata["sha256"]}
-    except (json.JSONDecodeError, TypeError) as error:
-        raise CheckpointMismatch(f"{path}: the description in the metadata is not JSON") from error
+        if sniff(data) != "safetensors":
+            raise CheckpointMismatch("not a file of this package: it states nothing about its weights")
+        _, metadata = _own_file(data)
+        return {**_info(metadata), "sha256": metadata["sha256"]}
+    except CheckpointError as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Verified tensors and metadata. The file is read, not mapped: it may change under a map."""
-    try:
-        # Non-blocking, so that a FIFO without a writer does not hang.
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{path} is not a file")
-            if status.st_size > MAX_BYTES:
-                raise CheckpointTooLarge(f"{path} has {status.st_size} bytes, more than {MAX_BYTES}")
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"cannot read weights {path}: {error.strerror}") from error
-    try:
-        tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
-    except (safetensors.SafetensorError, ValueError, KeyError, struct.error, RecursionError) as error:
-        raise CheckpointCorrupt(f"{path} is not a sound safetensors file: {error}") from error
-    metadata = header.get("__metadata__") or {}
+def _contents(data: bytearray) -> tuple[Contents, dict[str, Any]]:
+    kind = sniff(data)
+    if kind == "safetensors":
+        return _own_contents(data)
+    if kind == "caffe":
+        return caffe.read(data), {}
+    return ports.read(*torch_file.read(data, kind)), {}
+
+
+def _own_contents(data: bytearray) -> tuple[Contents, dict[str, Any]]:
+    tensors, metadata = safetensors_file.read(data)
     if metadata.get("format") != _FORMAT:
-        raise CheckpointMismatch(f"{path} is a safetensors file, but not one of this package")
+        stored = {name: _stored(name, t) for name, t in tensors.items()}
+        return ports.read(stored, {}, ["safetensors"]), {}
+    tensors, metadata = _verified(tensors, metadata)
+    try:
+        config = MemNetConfig.from_dict(json.loads(metadata["config"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointMismatch(f"no usable configuration in the metadata: {error}") from error
+    info = _info(metadata)
+    expected = tensor_shapes(config)
+    stored = {name: _stored(name, t) for name, t in tensors.items()}
+    problems = [f"unexpected {name[:200]}" for name in sorted(stored.keys() - expected.keys())]
+    line = f"a file of this package, M{config.num_memory_blocks}R{config.num_recursions}, {config.channels} channels"
+    return Contents(config, stored, {}, line, problems), info
+
+
+def _stored(name: str, tensor: Tensor) -> Stored:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    # NumPy has no bfloat16; float32 holds it exactly.
+    return Stored(name, dtype, tuple(tensor.shape), lambda: (tensor.float() if dtype == "bfloat16" else tensor).numpy())
+
+
+def _own_file(data: bytearray) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Verified tensors and metadata."""
+    return _verified(*safetensors_file.read(data))
+
+
+def _verified(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if metadata.get("format") != _FORMAT:
+        raise CheckpointMismatch("a safetensors file, but not one of this package")
     if metadata.get("version") != _VERSION:
-        raise CheckpointMismatch(f"{path} has version {metadata.get('version')}; this package reads version {_VERSION}")
+        raise CheckpointMismatch(f"version {metadata.get('version')}; this package reads version {_VERSION}")
     if metadata.get("sha256") != digest(tensors):
-        raise CheckpointCorrupt(f"{path}: the tensors do not have the digest that was stored with them")
+        raise CheckpointCorrupt("the tensors do not have the digest that was stored with them")
     return tensors, metadata
+
+
+def _info(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The author's description; the digest of the metadata is verified."""
+    strange = sorted(metadata.keys() - set(_METADATA))
+    if strange or metadata.get("metadata_sha256", _metadata_digest(metadata)) != _metadata_digest(metadata):
+        raise CheckpointCorrupt("the metadata do not have the digest that was stored with them")
+    try:
+        info = json.loads(metadata.get("info", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointMismatch("the description in the metadata is not JSON") from error
+    if not isinstance(info, dict):
+        raise CheckpointMismatch("the description in the metadata is not a JSON object")
+    return info

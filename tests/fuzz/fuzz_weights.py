@@ -1,0 +1,54 @@
+"""Coverage-guided fuzzing of the readers of weight files, with atheris:
+
+python tests/fuzz/fuzz_weights.py READER [CORPUS ...] [-max_total_time=60 and other options of libFuzzer]
+
+READER: pickle, zip, legacy, tar, caffemodel or safetensors. An input may be refused with a CheckpointError or be a network;
+everything else is a crash. New inputs go into the first CORPUS folder; tests/fuzz/corpus/READER holds the known ones.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+def one_input(reader: str) -> Callable[[bytes], None]:
+    """What a fuzzer, or a test, calls with an input."""
+    from memnet_fast.errors import CheckpointError
+    from memnet_fast.weights import _own_contents, caffe, pickles, ports, torch_file
+    from memnet_fast.weights.fitting import Contents, build
+
+    def read(data: bytearray) -> Contents | None:
+        if reader == "caffemodel":
+            return caffe.read(data)
+        if reader == "safetensors":
+            return _own_contents(data)[0]
+        if reader == "pickle":
+            torch_file._find(pickles.Machine(data, 0, lambda saved: saved, pickles.Budget()).run(), [], set())
+            return None
+        return ports.read(*torch_file.read(data, reader))
+
+    def run(data: bytes) -> None:
+        try:
+            contents = read(bytearray(data))
+            if contents is not None:
+                build(contents, len(data), allow_nonfinite=False)
+        except CheckpointError:
+            pass
+
+    return run
+
+
+def main() -> None:
+    import atheris
+    import torch  # noqa: F401  (before the instrumentation, which would take minutes for all of it)
+
+    with atheris.instrument_imports(include=["memnet_fast.weights"]):
+        import memnet_fast.weights  # noqa: F401
+    run = one_input(sys.argv[1])
+    atheris.Setup([sys.argv[0], *sys.argv[2:]], run)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
