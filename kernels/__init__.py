@@ -1,4 +1,4 @@
-"""Triton kernels, one module for each plan operation, installed as `memnet_fast.kernels`.
+"""Triton kernels, one module for each plan operation, installed as `memnet_fast.kernels`; README.md is their design note.
 
-Only the package marker is here so far: no Triton kernel has been written yet, and no backend claims one.
+Importing this package, or `tile_config`, needs no Triton; the other modules do.
 """

@@ -555,7 +555,7 @@ def test_choices_are_logged(net, caplog):
             fast(networks.image(1, 1, 5, 5))
     said = [r.getMessage() for r in caplog.records if "precision" in r.getMessage()]
     assert len(said) == 1 and fast.backend in said[0] and fast.algorithm in said[0], "once, when the weights are packed"
-    assert set(backends.LADDER) == {"cpu", "torch"}
+    assert set(backends.LADDER) == {"cpu", "triton", "torch"}
 
 
 def test_repr_names_the_request(net):

@@ -3,6 +3,7 @@
     PRECISIONS, ALGORITHMS   the names it knows, best first: what "auto" means comes first
     why_not(config, device, precision, algorithm) -> str | None    the reason why it cannot run, if it cannot
     pack(plan, device, precision, algorithm) -> Packed             weights in its own layout
+    ON_REQUEST_ONLY    optional: the reason why "auto" must not choose it, though it may be asked for by name
 
 and `choose` is the one ladder that picks among them.
 """
@@ -18,11 +19,11 @@ from typing import Protocol
 from torch import Tensor
 from torch import device as Device
 
-from memnet_fast.backends import cpu, torch
+from memnet_fast.backends import cpu, torch, triton
 from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import BackendUnavailable, InputError
 
-LADDER: dict[str, ModuleType] = {"cpu": cpu, "torch": torch}
+LADDER: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "torch": torch}
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 ALGORITHMS = ("winograd", "direct")
 
@@ -65,6 +66,9 @@ def choose(config: MemNetConfig, device: Device, backend: str, precision: str, a
     reasons: list[str] = []
     for name in LADDER if backend == "auto" else [backend]:
         module = LADDER[name]
+        if backend == "auto" and (held_back := getattr(module, "ON_REQUEST_ONLY", None)):
+            reasons.append(f"{name}: {held_back}")
+            continue
         choice = Choice(
             name,
             module.PRECISIONS[0] if precision == "auto" else precision,
