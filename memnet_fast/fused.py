@@ -23,7 +23,7 @@ INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def fuse(net: nn.Module, backend: str = "auto", precision: str = "auto", algorithm: str = "auto") -> FusedMemNet:
     """A fused network for inference that shares the parameters of `net` (a MemNet, or a FusedMemNet to fuse otherwise).
 
-    backend: "auto", "cpu", "torch". precision: "auto", "fp32", and with the torch backend "tf32", "bf16", "fp16".
+    backend: "auto", "cpu", "triton", "torch". precision: "auto", "fp32", and with triton and torch "tf32", "bf16", "fp16".
     algorithm: "auto", "winograd" or "direct", for the 3x3 convolutions of the CPU backend.
     Puts `net` into eval mode. Raises InputError for what is not a plain MemNet, BackendUnavailable (with the reason) for a
     request that cannot be met.

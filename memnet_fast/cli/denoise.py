@@ -68,7 +68,7 @@ class _WordOrNumber(click.ParamType):
 @click.option("-o", "--output", required=True, metavar="PATH", help="A file for one input file, else a folder.")
 @click.option("-r", "--recursive", is_flag=True, help="Folders with their subfolders; the tree is mirrored.")
 @click.option("-n", "--model", metavar="NAME|FILE", help="A bundled model (memnet models) or a weight file.")
-@click.option("-p", "--precision", default="auto", metavar="NAME", help="auto, fp32; with the torch backend tf32, bf16, fp16.")
+@click.option("-p", "--precision", default="auto", metavar="NAME", help="auto, fp32; with triton or torch tf32, bf16, fp16.")
 @click.option("--backend", default="auto", metavar="NAME", help="auto, or one that memnet doctor lists.")
 @click.option("--algorithm", default="auto", metavar="NAME", help="auto, winograd (fast), direct (tiles are bit-equal).")
 @click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N.")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from memnet_fast.fused import fuse
 from memnet_fast.training.loop import load_gray_images, load_history, load_result, validate
 from memnet_fast.weights import save_weights
 
@@ -28,7 +29,7 @@ LEVELS = (15.0, 25.0, 30.0, 50.0, 70.0)
 def main(result: Path, file: Path, validation: Path, validation_name: str, data: str, hardware: str, commit: str) -> None:
     net = load_result(result)
     history = load_history(result)
-    restored = validate(net, load_gray_images(validation), LEVELS)
+    restored = validate(fuse(net), load_gray_images(validation), LEVELS)
     table = {f"sigma {sigma:g}": round(restored[f"sigma{sigma:g}"], 3) for sigma in LEVELS}
     # Of noise that is neither clipped nor rounded the expectation is exact.
     noisy = {f"sigma {sigma:g}": round(20 * math.log10(255 / sigma), 3) for sigma in LEVELS}

@@ -141,7 +141,7 @@ def settle_batch_norm(net: MemNet, images: list[Tensor], stage: Stage, batches: 
 
 
 @torch.no_grad()
-def validate(net: MemNet, images: list[Tensor], levels: tuple[float, ...] = (15, 30, 50, 70)) -> dict[str, float]:
+def validate(net: nn.Module, images: list[Tensor], levels: tuple[float, ...] = (15, 30, 50, 70)) -> dict[str, float]:
     """Mean PSNR in dB over the images for each noise level; noise from one fixed seed, nothing clipped or rounded."""
     net.eval()
     device = next(net.parameters()).device
