@@ -24,9 +24,11 @@ def forward_table(path: Path) -> str:
     data = json.loads(path.read_text())
     info = data["machine_info"]["memnet"]
     rows = [b["extra_info"] for b in data["benchmarks"]]
+    memory = {(r["peer"], r["size"]): r["peak_mib"] for r in json.loads(path.with_name("memory.json").read_text())["rows"]}
     lines = [
         f"{info['cpu']}, {info['cpus']} CPUs, {rows[0]['threads']} threads, {info['isa']}, torch {info['torch']}, float32. "
-        f"Source: [{path.relative_to(_ROOT)}]({path.relative_to(_ROOT)}), commit {data['commit_info']['id'][:10]}.",
+        f"Source: [{path.relative_to(_ROOT)}]({path.relative_to(_ROOT)}), commit {data['commit_info']['id'][:10]};"
+        f" memory.json beside it.",
         "",
     ]
     for size in dict.fromkeys(r["size"] for r in rows):
@@ -39,8 +41,8 @@ def forward_table(path: Path) -> str:
         for r in (r for r in rows if r["size"] == size):
             low, high = r["ratio_q20_q80"]
             lines.append(
-                f"| {r['peer']} | {r['ms']:.0f} | {r['ratio_to_subject']:.2f} ({low:.2f} to {high:.2f}) | {r['peak_mib']:.0f} "
-                f"| {r['nsr']:.1e} |"
+                f"| {r['peer']} | {r['ms']:.0f} | {r['ratio_to_subject']:.2f} ({low:.2f} to {high:.2f}) | "
+                f"{memory[r['peer'], r['size']]:.0f} | {r['nsr']:.1e} |"
             )
         lines.append("")
     return "\n".join(lines)

@@ -116,7 +116,6 @@ def test_forward(benchmark: Any, case: tuple[str, Path, int, Worker], peer: str)
             ms=1e3 * statistics.median(theirs),
             ratio_to_subject=statistics.median(ratios),
             ratio_q20_q80=[statistics.quantiles(ratios, n=5)[0], statistics.quantiles(ratios, n=5)[3]],
-            **worker.ask("memory"),
             environment=PEERS[peer][1],
         )
     finally:
