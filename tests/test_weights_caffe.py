@@ -86,7 +86,7 @@ def test_official_models_fused(save, preset, n):
     truth = make.caffe_forward(blobs, n, n, x)
     fused = mf.fuse(net, backend="torch", precision="fp32")(x).double()
     scale = float((truth - x).square().mean().sqrt())
-    # parity.md, L3: 60 units of fp32 rounding against the size of what the network does.
+    # The law of layer L3: 60 units of fp32 rounding against the size of what the network does.
     assert float((fused - truth).square().mean().sqrt()) <= 60 * 2**-24 * scale
 
 

@@ -24,7 +24,7 @@ from support.interpreter import Interpreter, round_to
 # M3R3 has stale slots of both kinds, several heads and gates of several widths; radius 1 + 18 + 1 = 20.
 NETWORK = MemNetConfig(channels=16, num_memory_blocks=3, num_recursions=3)
 
-# NSR in units of u for the whole network (parity.md). Winograd has a larger constant of its own: measured over the presets,
+# NSR in units of u for the whole network. Winograd has a larger constant of its own: measured over the presets,
 # every variant of support.networks and every instruction set it is at most 82u; the limit is half as much again.
 NSR_LIMIT = {"fp32": 60.0, "tf32": 12.0, "fp16": 12.0, "bf16": 12.0}
 NSR_LIMIT_WINOGRAD = 125.0
