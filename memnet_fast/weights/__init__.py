@@ -1,5 +1,6 @@
 """Weight files. Ours are safetensors with the configuration, a description and digests in the metadata; some are bundled.
-`load_weights` also opens the authors' .caffemodel and the PyTorch files of the ports, whatever they are called.
+`load_weights` also opens the authors' .caffemodel, its conversions to MXNet and the PyTorch files of the ports, whatever they
+are called.
 
 Metadata of our files: `format` "memnet_fast", `version` "1", `config` (JSON of MemNetConfig), `sha256` (of names, dtypes,
 shapes and bytes of all tensors), `info` (JSON: recipe, data, PSNR and whatever else the author states), `metadata_sha256` (of
@@ -28,7 +29,7 @@ from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import CheckpointCorrupt, CheckpointError, CheckpointMismatch, InputError
 from memnet_fast.files import write_whole
 from memnet_fast.reference import MemNet
-from memnet_fast.weights import caffe, ports, safetensors_file, torch_file
+from memnet_fast.weights import caffe, mxnet, ports, safetensors_file, torch_file
 from memnet_fast.weights.fitting import EPS, Contents, Stored, build, tensor_shapes
 from memnet_fast.weights.source import read_file, sniff
 
@@ -93,8 +94,9 @@ def save_weights(net: MemNet, path: str | os.PathLike[str], info: Mapping[str, A
 def load_weights(path: str | os.PathLike[str], allow_nonfinite: bool = False) -> MemNet:
     """The network in a weight file, in eval mode, float32, on the CPU.
 
-    path: a file of this package, an official .caffemodel, or a PyTorch or safetensors file of a port (see weights/ports.py);
-        its content says which, not its name. One line in the log (memnet_fast.weights, level INFO) tells what was recognised.
+    path: a file of this package, an official .caffemodel, its conversion to MXNet (.params, with the -symbol.json in the same
+        folder), or a PyTorch or safetensors file of a port (see weights/ports.py); its content says which, not its name. One
+        line in the log (memnet_fast.weights, level INFO) tells what was recognised.
     allow_nonfinite: NaN, infinite and huge values and negative variances are loaded as they are, not refused.
     Raises InputError (no such file), CheckpointCorrupt (damaged, or a digest differs), CheckpointMismatch (every problem in
     one message), CheckpointUnsafe (it asks for code to be run), CheckpointTooLarge (over 1 GiB, or more parts than any MemNet).
@@ -107,7 +109,7 @@ def load_any(path: str | os.PathLike[str], allow_nonfinite: bool = False) -> Loa
     path = Path(path)
     data = read_file(path, MAX_BYTES)
     try:
-        contents, info = _contents(data)
+        contents, info = _contents(data, path)
         net = build(contents, len(data), allow_nonfinite)
     except CheckpointError as error:
         raise type(error)(f"{path}: {error}") from error
@@ -131,13 +133,27 @@ def load_info(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise type(error)(f"{path}: {error}") from error
 
 
-def _contents(data: bytearray) -> tuple[Contents, dict[str, Any]]:
+def _contents(data: bytearray, path: Path) -> tuple[Contents, dict[str, Any]]:
     kind = sniff(data)
     if kind == "safetensors":
         return _own_contents(data)
     if kind == "caffe":
         return caffe.read(data), {}
+    if kind == "mxnet":
+        return mxnet.read(data, _symbol(path)), {}
     return ports.read(*torch_file.read(data, kind)), {}
+
+
+def _symbol(path: Path) -> mxnet.Symbol:
+    """The other half of an MXNet network, which lies beside it."""
+    beside = mxnet.symbol_path(path)
+    try:
+        data = read_file(beside, mxnet.MAX_SYMBOL)
+    except InputError as error:
+        raise CheckpointMismatch(
+            f"MXNet keeps a part of the network in {beside.name}, which must lie in the same folder ({error})"
+        ) from error
+    return mxnet.read_symbol(data, beside.name)
 
 
 def _own_contents(data: bytearray) -> tuple[Contents, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 python tests/fuzz/fuzz_weights.py READER [CORPUS ...] [-max_total_time=60 and other options of libFuzzer]
 
-READER: pickle, zip, legacy, tar, caffemodel or safetensors. An input may be refused with a CheckpointError or be a network;
+READER: pickle, zip, legacy, tar, caffemodel, mxnet, symbol or safetensors. An input may be refused with a CheckpointError or be a network;
 everything else is a crash. New inputs go into the first CORPUS folder; tests/fuzz/corpus/READER holds the known ones.
 """
 
@@ -10,17 +10,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+READERS = ("pickle", "zip", "legacy", "tar", "caffemodel", "mxnet", "symbol", "safetensors")
 
 
 def one_input(reader: str) -> Callable[[bytes], None]:
     """What a fuzzer, or a test, calls with an input."""
     from memnet_fast.errors import CheckpointError
-    from memnet_fast.weights import _own_contents, caffe, pickles, ports, torch_file
+    from memnet_fast.weights import _own_contents, caffe, mxnet, pickles, ports, torch_file
     from memnet_fast.weights.fitting import Contents, build
+
+    # The symbol of the network of one block and one recursion, with which arrays are read.
+    symbol = mxnet.read_symbol(bytearray((Path(__file__).parent / "M1R1-symbol.json").read_bytes()), "M1R1-symbol.json")
 
     def read(data: bytearray) -> Contents | None:
         if reader == "caffemodel":
             return caffe.read(data)
+        if reader == "mxnet":
+            return mxnet.read(data, symbol)
+        if reader == "symbol":
+            mxnet.read_symbol(data, "symbol.json")
+            return None
         if reader == "safetensors":
             return _own_contents(data)[0]
         if reader == "pickle":
