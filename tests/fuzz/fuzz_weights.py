@@ -2,8 +2,8 @@
 
 python tests/fuzz/fuzz_weights.py READER [CORPUS ...] [-max_total_time=60 and other options of libFuzzer]
 
-READER: pickle, zip, legacy, tar, caffemodel, mxnet, symbol or safetensors. An input may be refused with a CheckpointError or be a network;
-everything else is a crash. New inputs go into the first CORPUS folder; tests/fuzz/corpus/READER holds the known ones.
+READER: one of READERS. An input may be refused with a CheckpointError or be a network; everything else is a crash. New inputs
+go into the first CORPUS folder; tests/fuzz/corpus/READER holds the known ones.
 """
 
 from __future__ import annotations
