@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fuzz.fuzz_weights import READERS, one_input
+from fuzz.fuzz_weights import READERS, one_input, without_checksums
 
 FOLDER = Path(__file__).parent / "fuzz"
 # A minute for all of them.
@@ -23,6 +23,8 @@ def test_corpus(reader):
     run = one_input(reader)
     for path in files:
         run(path.read_bytes())
+        with without_checksums():
+            run(path.read_bytes())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="needs atheris")
