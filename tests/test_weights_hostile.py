@@ -1,4 +1,4 @@
-"""Files made to attack a reader: C04, C06 to C08, C13 to C16, C21, C22.
+"""Files made to attack a reader: C03, C04, C06 to C08, C13 to C16, C21, C22, C28, C29.
 
 All are loaded in one other process, in which an audit hook sees what Python does, and in which time and memory are measured.
 """
@@ -310,6 +310,54 @@ CAFFE = {
     "absurd width": (lambda: _NAME + make.caffe_layer("conv_transition_01", [np.zeros((9_000_000, 0))]), MISMATCH),
 }
 
+# MXNet --------------------------------------------------------------------------------------------------------------------
+
+
+def _list(arrays: bytes, count: int, names: bytes = b"") -> bytes:
+    return struct.pack("<QQQ", 0x112, 0, count) + arrays + names
+
+
+_EMPTY = struct.pack("<IiI", 0xF993FAC9, 0, 0)
+_SCALAR = make.mxnet_array(np.ones(1, np.float32))
+_WIDE = struct.pack("<IiI32q", 0xF993FAC9, 0, 32, *[1 << 40] * 32) + struct.pack("<iii", 1, 0, 0)
+
+
+def _twice(name: str) -> bytes:
+    """A shared convolution of 24 MB, stored for two recursions, in a network that lacks everything else."""
+    a = np.zeros((800, 800, 3, 3), np.float32)
+    return make.mxnet_params({name: a, name.replace("01_01", "01_02"): a})
+
+
+MXNET = {
+    "2^63 arrays": (lambda: _list(b"", 1 << 63), LARGE),
+    "1e6 empty arrays": (lambda: _list(_EMPTY * 1_000_000, 1_000_000), LARGE),
+    "4096 empty arrays without names": (lambda: _list(_EMPTY * 4096, 4096), CORRUPT),
+    "2^63 names": (lambda: _list(_SCALAR, 1, struct.pack("<Q", 1 << 63)), CORRUPT),
+    "a name of 2^63 bytes": (lambda: _list(_SCALAR, 1, struct.pack("<QQ", 1, 1 << 63)), LARGE),
+    "product beyond all bounds": (lambda: _list(_WIDE, 1), CORRUPT),
+    "2^31 dimensions": (lambda: _list(struct.pack("<I", 1 << 31) + b"\1" * 100, 1), CORRUPT),
+    "large arrays of nothing else": (lambda: _twice("conv01_01_a_weight"), MISMATCH),
+    "absurd blocks": (lambda: make.mxnet_params({"conv9999_9999_a_weight": np.ones((1, 1, 3, 3), np.float32)}), MISMATCH),
+    "a million numbers": (lambda: make.mxnet_params({"learned_99999": np.ones(1 << 20, np.float32)}), MISMATCH),
+}
+
+# The symbols beside them: small files that are as large as they may be.
+_SOUND_SYMBOL = make.mxnet_official(make.official_blobs(1, 1, 2), 1, 1)[1]
+_NODE = b'{"op":"BatchNorm","name":"x","inputs":[[0],[0]]}'
+SYMBOLS = {
+    "lists": b'{"nodes":[' + b"[]," * 690_000 + b"[]]}",
+    "nesting": b'{"nodes":' + b"[" * 1_000_000,
+    "objects": b'{"nodes":[' + b'{"":{}},' * 250_000 + b"{}]}",
+    "nodes": b'{"nodes":[' + (_NODE + b",") * 42_000 + _NODE + b"]}",
+    "too large": b"[" * (2 << 20) + b"[",
+    "numbers": b'{"nodes":[' + b"1," * 1_000_000 + b"1]}",
+    "one number": b'{"nodes":[' + b"9" * 2_000_000 + b"]}",
+}
+MXNET |= {
+    f"symbol, {name}": (lambda: make.mxnet_params({"a": np.ones(1, np.float32)}), error)
+    for name, error in zip(SYMBOLS, (CORRUPT, CORRUPT, CORRUPT, MISMATCH, LARGE, CORRUPT, CORRUPT), strict=True)
+}
+
 _CHILD = """
 import json, sys, time
 import memnet_fast.weights as weights
@@ -359,7 +407,13 @@ def _write(folder: Path, contents: dict[str, bytes]) -> list[str]:
     for name, content in contents.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
+        if name.startswith("mxnet/"):
+            _symbol(folder / name).write_bytes(SYMBOLS.get(name.removeprefix("mxnet/symbol, "), _SOUND_SYMBOL))
     return list(contents)
+
+
+def _symbol(path: Path) -> Path:
+    return path.with_name(f"{path.name}-symbol.json")
 
 
 TABLES = {
@@ -373,6 +427,7 @@ TABLES = {
     "zip": ZIPS,
     "safetensors": SAFETENSORS,
     "caffemodel": CAFFE,
+    "mxnet": MXNET,
 }
 CASES = [(f"{kind}/{name}", error) for kind, table in TABLES.items() for name, (_, error) in table.items()]
 
@@ -383,8 +438,10 @@ def test_hostile_files(results, name, error):
     folder, rows = results
     result, seconds, extra, events = rows[name]
     assert result == error
-    assert [e for e in events if e != ["open", str(folder / name)]] == [], "only the file itself was opened, nothing imported"
-    assert extra <= 2 * (folder / name).stat().st_size + EXTRA_BYTES
+    files = [folder / name] + [_symbol(folder / name)] * name.startswith("mxnet/")
+    opened = [["open", str(file)] for file in files]
+    assert [e for e in events if e not in opened] == [], "only the file itself was opened, nothing imported"
+    assert extra <= 2 * sum(file.stat().st_size for file in files) + EXTRA_BYTES
     assert seconds <= SECONDS
     assert not os.path.exists(CANARY)
 
@@ -448,19 +505,19 @@ def _port() -> dict[str, torch.Tensor]:
     }
 
 
-def test_every_flipped_bit_of_our_files_is_noticed(tmp_path):
-    """In the header, too: configuration and description have a digest of their own."""
+def test_ten_thousand_flipped_bits_of_our_files_are_noticed(tmp_path):
+    """Anywhere: in the tensors, in the header, in the configuration and the description, which have a digest of their own."""
     path = tmp_path / "net.safetensors"
     net = networks.build(MemNetConfig(channels=2, num_memory_blocks=1, num_recursions=1))
     weights.save_weights(net, path, {"psnr": {"30": 28.1}, "author": 'Zoë "x"'})
     data = path.read_bytes()
-    start = 8 + struct.unpack("<Q", data[:8])[0]
-    g = np.random.default_rng(0)
-    spots = [*range(8 * start), *(8 * start + g.integers(0, 8 * (len(data) - start), 500))]
-    for i in g.choice(spots, 1500, replace=False):
-        path.write_bytes(data[: i // 8] + bytes([data[i // 8] ^ 1 << i % 8]) + data[i // 8 + 1 :])
-        with pytest.raises(CheckpointError):
-            weights.load_weights(path)
+    with open(path, "r+b", buffering=0) as file:
+        for i in map(int, np.random.default_rng(0).choice(8 * len(data), 10_000, replace=False)):
+            os.pwrite(file.fileno(), bytes([data[i // 8] ^ 1 << i % 8]), i // 8)
+            with pytest.raises(CheckpointError):
+                weights.load_weights(path)
+            os.pwrite(file.fileno(), data[i // 8 : i // 8 + 1], i // 8)
+    assert weights.load_info(path)["psnr"] == {"30": 28.1}
 
 
 def test_file_that_changes_while_it_is_read(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -30,10 +31,10 @@ from memnet_fast.errors import CheckpointCorrupt, CheckpointError, CheckpointMis
 from memnet_fast.files import write_whole
 from memnet_fast.reference import MemNet
 from memnet_fast.weights import caffe, mxnet, ports, safetensors_file, torch_file
-from memnet_fast.weights.fitting import EPS, Contents, Stored, build, tensor_shapes
+from memnet_fast.weights.fitting import EPS, Contents, Stored, build, guess_config, short, tensor_shapes
 from memnet_fast.weights.source import read_file, sniff
 
-__all__ = ["Loaded", "bundled", "digest", "load_any", "load_info", "load_weights", "save_weights"]
+__all__ = ["Loaded", "bundled", "digest", "from_state_dict", "load_any", "load_info", "load_weights", "save_weights"]
 
 _FORMAT, _VERSION = "memnet_fast", "1"
 _METADATA = ("format", "version", "config", "sha256", "info", "metadata_sha256")
@@ -117,6 +118,20 @@ def load_any(path: str | os.PathLike[str], allow_nonfinite: bool = False) -> Loa
     return Loaded(net, contents.line, info, hashlib.sha256(data).hexdigest())
 
 
+def from_state_dict(tensors: Mapping[str, Any], allow_nonfinite: bool = False) -> Loaded:
+    """The network of a state_dict in memory: of a port, or of this package where it is the official network.
+
+    tensors: by name; what is no tensor is left out. The other arguments and errors are those of load_weights; sha256 is the
+    digest of the tensors. Raises CheckpointMismatch also for other state_dicts of this package: the order of the gate's inputs
+    and what else their files have in the metadata do not follow from tensors.
+    """
+    found = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
+    stored = {name: _stored(name, t) for name, t in found.items()}
+    contents = _official_contents(stored) or ports.read(stored, {}, [])
+    net = build(contents, sum(t.numel() * t.element_size() for t in found.values()), allow_nonfinite)
+    return Loaded(net, contents.line, {}, digest(found))
+
+
 def load_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What the author of a file of this package states about it, and its digest; the tensors are verified.
 
@@ -174,10 +189,25 @@ def _own_contents(data: bytearray) -> tuple[Contents, dict[str, Any]]:
     return Contents(config, stored, {}, line, problems), info
 
 
+def _official_contents(stored: dict[str, Stored]) -> Contents | None:
+    """Names of this package, and shapes of an official network: nobody else shares convolutions or has one output for each
+    block with a batch normalisation of its own."""
+    renamed, removed = ports.strip_prefixes(stored)
+    ours = {new: stored[old] for old, new in renamed.items() if not new.endswith("num_batches_tracked")}
+    config = guess_config({name: s.shape for name, s in ours.items()})
+    if config is None or config.sharing != "conv" or not config.multi_supervised or config.share_recon_bn or not config.bias:
+        return None
+    line = f"the official network, M{config.num_memory_blocks}R{config.num_recursions}, {config.channels} channels"
+    return Contents(config, ours, {}, line + (f"; without prefix {' '.join(map(short, removed))}" if removed else ""))
+
+
 def _stored(name: str, tensor: Tensor) -> Stored:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        return Stored(name, "'not dense'", tuple(tensor.shape), lambda: np.empty(0))
     dtype = str(tensor.dtype).removeprefix("torch.")
+    plain = tensor.detach()
     # NumPy has no bfloat16; float32 holds it exactly.
-    return Stored(name, dtype, tuple(tensor.shape), lambda: (tensor.float() if dtype == "bfloat16" else tensor).numpy())
+    return Stored(name, dtype, tuple(tensor.shape), lambda: (plain.float() if dtype == "bfloat16" else plain).cpu().numpy())
 
 
 def _own_file(data: bytearray) -> tuple[dict[str, Tensor], dict[str, str]]:
