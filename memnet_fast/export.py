@@ -37,8 +37,9 @@ from memnet_fast.weights import digest
 if TYPE_CHECKING:
     import onnx
 
-# Read by ONNX Runtime since 1.14, and the oldest that PyTorch writes without converting.
-_OPSET = 18
+# The oldest that PyTorch writes without converting, and the version of the format that came with it: ONNX Runtime reads both
+# since 1.14.
+_OPSET, _IR_VERSION = 18, 8
 _EXTRA_FILE = "memnet_fast.json"
 # [N, H, W] of the comparison: one pixel, one row, and sizes that are odd, prime and different.
 _SIZES = ((1, 1, 1), (2, 1, 7), (1, 13, 5), (3, 9, 16), (1, 33, 31))
@@ -156,6 +157,7 @@ def _cleaned(model: onnx.ModelProto, metadata: Mapping[str, str]) -> onnx.ModelP
     del model.graph.value_info[:]  # shapes in names that mean nothing; every reader infers them
     del model.graph.metadata_props[:], model.metadata_props[:]
     model.graph.name, model.graph.doc_string, model.doc_string = "memnet", "", ""
+    model.ir_version = _IR_VERSION
     model.producer_name, model.producer_version = "memnet_fast", __version__
     for value in (*model.graph.input, *model.graph.output):
         dimensions = value.type.tensor_type.shape.dim

@@ -111,7 +111,8 @@ def test_metadata_of_onnx(ort, tmp_path):
     assert MemNetConfig.from_dict(json.loads(metadata["config"])) == networks.SMALL
     tensors = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     assert metadata["sha256"] == weights.digest(tensors)
-    assert [(o.domain, o.version) for o in model.opset_import] == [("", 18)] and model.producer_name == "memnet_fast"
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 18)] and model.ir_version == 8
+    assert model.producer_name == "memnet_fast"
     assert not any(t.external_data for t in model.graph.initializer), "one file holds everything"
 
 

@@ -69,6 +69,11 @@ def test_our_files_of_the_official_network(loader, tmp_path, r):
         assert torch.equal(loader.load_from_file(tmp_path / "net.safetensors")(x), net(x).clamp(0, 1))
 
 
+def test_bundled_weights(loader):
+    for path in weights.bundled().values():
+        assert loader.load_from_file(path).tags == ["M6R6", "64nf"]
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "net.", "model.module."])
 def test_prefixes(loader, prefix):
     for state in (_state("A2"), networks.build(networks.SMALL).state_dict()):

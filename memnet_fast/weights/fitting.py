@@ -137,8 +137,9 @@ def show_config(config: MemNetConfig, names: Iterable[str] | None = None) -> str
 
 
 def short(name: str) -> str:
-    """A name from a file, not longer than a line."""
-    return name if len(name) <= 200 else f"{name[:200]}..."
+    """A name from a file for a message: not longer than a line, and without control characters."""
+    text = name if len(name) <= 200 else f"{name[:200]}..."
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def same_bits(first: np.ndarray, second: np.ndarray) -> bool:

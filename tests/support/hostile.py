@@ -81,6 +81,8 @@ PICKLES = {
     "items of a tensor": (b"\x80\x02" + _ONE_TENSOR + b"K\x00K\x01s.", UNSAFE),
     "state of a tensor": (b"\x80\x02" + _ONE_TENSOR + b"}b.", UNSAFE),
     "state of a class": (b"\x80\x02csomebody\nClass\n}b.", UNSAFE),
+    "control characters in a name of code": (b"\x80\x04" + _text("somebody\n") + _text("\x1b[2J") + b"\x93)R.", UNSAFE),
+    "control characters in a name": (b"\x80\x02}" + _text("reconstructor.\n\x1b[31m") + _ONE_TENSOR + b"s.", MISMATCH),
     "wide nested lists": (b"\x80\x02]q\x00" + _LAUGHS + b".", MISMATCH),
     "wide nested keys": (b"\x80\x02" + _TUPLES + b"}h\x3cNs.", MISMATCH),
     "deep lists": (b"\x80\x02" + b"(" * 120_000 + b"l" * 120_000 + b".", MISMATCH),
