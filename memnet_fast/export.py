@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -97,12 +97,11 @@ def export_onnx(net: MemNet, path: str | os.PathLike[str], info: Mapping[str, An
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    _compare(
-        lambda x: torch.from_numpy(session.run(["restored"], {"image": x.numpy()})[0]),
-        _Clamped(net),
-        net.config.in_channels,
-        "ONNX Runtime",
-    )
+
+    def run(image: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["restored"], {"image": image.numpy()})[0])
+
+    _compare(run, _Clamped(net), net.config.in_channels, "ONNX Runtime")
     write_whole(Path(path), data)
 
 
@@ -169,23 +168,25 @@ def _cleaned(model: onnx.ModelProto, metadata: Mapping[str, str]) -> onnx.ModelP
 
 
 def _compare(run: Callable[[Tensor], Tensor], reference: nn.Module, channels: int, who: str) -> None:
-    """Against float64. Twice the error of PyTorch in float32, and its rounding unit for results near one, are allowed."""
+    """Against float64: twice the largest error of PyTorch in float32, whose sums have another order, and four of float32's
+    rounding units for where that happens to be none."""
     double = deepcopy(reference).double()
     generator = torch.Generator().manual_seed(0)
+    images = [torch.rand(n, channels, h, w, generator=generator) for n, h, w in _SIZES]
     with torch.no_grad():
-        for n, h, w in _SIZES:
-            x = torch.rand(n, channels, h, w, generator=generator)
-            truth, y = double(x.double()), run(x)
-            if not truth.isfinite().all():
-                raise OutputError("the network gives values that are not finite; it is not exported")
-            own = float((reference(x).double() - truth).abs().max())
+        truths = [double(x.double()) for x in images]
+        own = max(float((reference(x).double() - truth).abs().max()) for x, truth in zip(images, truths, strict=True))
+        scale = max(1.0, *(float(truth.abs().max()) for truth in truths))
+        if not (math.isfinite(own) and math.isfinite(scale)):
+            raise OutputError("the network gives values that are not finite; it is not exported")
+        for x, truth in zip(images, truths, strict=True):
+            y = run(x)
             if y.shape != truth.shape:
                 raise OutputError(f"{who} gives {list(y.shape)} for an image {list(x.shape)}, not {list(truth.shape)}")
-            scale = max(1.0, float(truth.abs().max()))
             error = float((y.double() - truth).abs().max())
-            if not error <= 2 * own + np.finfo(np.float32).eps * scale:
+            if not error <= 2 * own + 4 * torch.finfo(torch.float32).eps * scale:
                 raise OutputError(
-                    f"{who} differs from the reference by {error:.2g} in an image {list(x.shape)}, PyTorch by {own:.2g}"
+                    f"{who} differs from the reference by {error:.2g} in an image {list(x.shape)}, PyTorch by at most {own:.2g}"
                 )
 
 

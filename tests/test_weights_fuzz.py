@@ -33,6 +33,6 @@ def test_fuzzing(reader, tmp_path):
     corpus = tmp_path / "corpus"
     shutil.copytree(FOLDER / "corpus" / reader, corpus)
     command = [sys.executable, str(FOLDER / "fuzz_weights.py"), reader, str(corpus)]
-    options = [f"-max_total_time={SECONDS:.0f}", "-timeout=10", f"-artifact_prefix={tmp_path}/"]
+    options = [f"-max_total_time={SECONDS:.0f}", "-timeout=25", f"-artifact_prefix={tmp_path}/"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -6,8 +6,9 @@
 Afterwards `spandrel.ModelLoader().load_from_file(path)` opens weight files of this package and of the ports. A .caffemodel or
 MXNet's .params is converted first (`memnet convert`), as spandrel reads files by itself, and only .pth, .pt and .safetensors.
 
-spandrel sees names and shapes of tensors, but no metadata. Files of this package are therefore opened where these tell
-everything, which is the official network; others keep their port's own file.
+spandrel sees names and shapes of tensors, but no metadata. Of the files of this package it therefore opens those with the
+tensors of the official network, and takes them for it (gate order [long, short], no clamp); for the others it needs the port's
+own file.
 """
 
 from __future__ import annotations

@@ -119,11 +119,11 @@ def load_any(path: str | os.PathLike[str], allow_nonfinite: bool = False) -> Loa
 
 
 def from_state_dict(tensors: Mapping[str, Any], allow_nonfinite: bool = False) -> Loaded:
-    """The network of a state_dict in memory: of a port, or of this package where it is the official network.
+    """The network of a state_dict in memory: of a port, or of this package where its tensors are those of the official network.
 
     tensors: by name; what is no tensor is left out. The other arguments and errors are those of load_weights; sha256 is the
-    digest of the tensors. Raises CheckpointMismatch also for other state_dicts of this package: the order of the gate's inputs
-    and what else their files have in the metadata do not follow from tensors.
+    digest of the tensors. The order of the gate's inputs and the clamp do not follow from tensors: they are taken to be those
+    of the port, or of the official network. Raises CheckpointMismatch for other state_dicts of this package.
     """
     found = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
     stored = {name: _stored(name, t) for name, t in found.items()}
