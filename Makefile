@@ -8,7 +8,7 @@ STAMP  := $(VENV)/installed
 # What the native module is built from: a change here builds it again.
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench fuzz clean
 
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,6 +37,12 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]" --no-build-isolation
 	$(BIN)/python -m benchmarks.run
+
+# Fuzzes every reader of weight files for a minute (make fuzz FUZZ_SECONDS=3600); what it finds stays in .fuzz/.
+FUZZ_SECONDS ?= 60
+fuzz: $(STAMP)
+	for reader in $$(ls tests/fuzz/corpus); do mkdir -p .fuzz/$$reader && $(BIN)/python tests/fuzz/fuzz_weights.py $$reader .fuzz/$$reader \
+	  tests/fuzz/corpus/$$reader -max_total_time=$(FUZZ_SECONDS) -timeout=20 -rss_limit_mb=2048 -artifact_prefix=.fuzz/$$reader- || exit 1; done
 
 clean:
 	rm -rf $(VENV) build demo memnet_fast/_native*.so memnet_fast/_build_info.json

@@ -98,4 +98,4 @@ def test_help_does_not_wait_for_torch_and_names_the_command(run):
     code, out, _ = run("--help")
     assert code == 0 and "  convert " in out
     code, out, _ = run("convert", "--help")
-    assert code == 0 and "--allow-nonfinite" in out and "DST.safetensors" in out
+    assert code == 0 and "--allow-nonfinite" in out and "DST.{safetensors,onnx,pt2}" in out

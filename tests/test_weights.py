@@ -129,10 +129,11 @@ def test_half_precision_storage_is_loaded_as_float32(file: Path) -> None:
 
 
 def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
-    fifo, loop = tmp_path / "fifo", tmp_path / "loop"
+    fifo, loop, broken = tmp_path / "fifo", tmp_path / "loop", tmp_path / "broken"
     os.mkfifo(fifo)
     loop.symlink_to(loop)
-    for path in (tmp_path, fifo, loop, tmp_path / "missing", Path("/dev/zero"), tmp_path / ("n" * 300)):
+    broken.symlink_to("nothing")
+    for path in (tmp_path, fifo, loop, broken, tmp_path / "missing", Path("/dev/zero"), tmp_path / ("n" * 300)):
         with pytest.raises(InputError):
             weights.load_weights(path)
 

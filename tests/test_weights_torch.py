@@ -351,12 +351,11 @@ def test_content_counts_not_the_name(save, tmp_path):
     [
         (b"", CheckpointCorrupt, "empty"),
         (b"\x89HDF\r\n\x1a\n" + b"\0" * 100, CheckpointMismatch, "HDF5"),
-        (b"\x12\x01" + b"\0" * 100, CheckpointMismatch, "MXNet"),
         (b"name: 'MemNet'\nlayer {}", CheckpointCorrupt, "neither"),
         (b"<html>" * 100, CheckpointCorrupt, "neither"),
         (pickle.dumps([1], 2), CheckpointMismatch, "not one of torch.save"),
     ],
-    ids=["empty", "hdf5", "mxnet", "prototxt", "html", "pickle"],
+    ids=["empty", "hdf5", "prototxt", "html", "pickle"],
 )
 def test_other_files(save, content, error, match):
     with pytest.raises(error, match=match):

@@ -1,5 +1,6 @@
 """Weight files. Ours are safetensors with the configuration, a description and digests in the metadata; some are bundled.
-`load_weights` also opens the authors' .caffemodel and the PyTorch files of the ports, whatever they are called.
+`load_weights` also opens the authors' .caffemodel, its conversions to MXNet and the PyTorch files of the ports, whatever they
+are called.
 
 Metadata of our files: `format` "memnet_fast", `version` "1", `config` (JSON of MemNetConfig), `sha256` (of names, dtypes,
 shapes and bytes of all tensors), `info` (JSON: recipe, data, PSNR and whatever else the author states), `metadata_sha256` (of
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -28,11 +30,11 @@ from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import CheckpointCorrupt, CheckpointError, CheckpointMismatch, InputError
 from memnet_fast.files import write_whole
 from memnet_fast.reference import MemNet
-from memnet_fast.weights import caffe, ports, safetensors_file, torch_file
-from memnet_fast.weights.fitting import EPS, Contents, Stored, build, tensor_shapes
+from memnet_fast.weights import caffe, mxnet, ports, safetensors_file, torch_file
+from memnet_fast.weights.fitting import EPS, Contents, Stored, build, guess_config, short, tensor_shapes
 from memnet_fast.weights.source import read_file, sniff
 
-__all__ = ["Loaded", "bundled", "digest", "load_any", "load_info", "load_weights", "save_weights"]
+__all__ = ["Loaded", "bundled", "digest", "from_state_dict", "load_any", "load_info", "load_weights", "save_weights"]
 
 _FORMAT, _VERSION = "memnet_fast", "1"
 _METADATA = ("format", "version", "config", "sha256", "info", "metadata_sha256")
@@ -93,8 +95,9 @@ def save_weights(net: MemNet, path: str | os.PathLike[str], info: Mapping[str, A
 def load_weights(path: str | os.PathLike[str], allow_nonfinite: bool = False) -> MemNet:
     """The network in a weight file, in eval mode, float32, on the CPU.
 
-    path: a file of this package, an official .caffemodel, or a PyTorch or safetensors file of a port (see weights/ports.py);
-        its content says which, not its name. One line in the log (memnet_fast.weights, level INFO) tells what was recognised.
+    path: a file of this package, an official .caffemodel, its conversion to MXNet (.params, with the -symbol.json in the same
+        folder), or a PyTorch or safetensors file of a port (see weights/ports.py); its content says which, not its name. One
+        line in the log (memnet_fast.weights, level INFO) tells what was recognised.
     allow_nonfinite: NaN, infinite and huge values and negative variances are loaded as they are, not refused.
     Raises InputError (no such file), CheckpointCorrupt (damaged, or a digest differs), CheckpointMismatch (every problem in
     one message), CheckpointUnsafe (it asks for code to be run), CheckpointTooLarge (over 1 GiB, or more parts than any MemNet).
@@ -107,12 +110,26 @@ def load_any(path: str | os.PathLike[str], allow_nonfinite: bool = False) -> Loa
     path = Path(path)
     data = read_file(path, MAX_BYTES)
     try:
-        contents, info = _contents(data)
+        contents, info = _contents(data, path)
         net = build(contents, len(data), allow_nonfinite)
     except CheckpointError as error:
         raise type(error)(f"{path}: {error}") from error
     _log.info("%s: %s", path, contents.line)
     return Loaded(net, contents.line, info, hashlib.sha256(data).hexdigest())
+
+
+def from_state_dict(tensors: Mapping[str, Any], allow_nonfinite: bool = False) -> Loaded:
+    """The network of a state_dict in memory: of a port, or of this package where its tensors are those of the official network.
+
+    tensors: by name; what is no tensor is left out. The other arguments and errors are those of load_weights; sha256 is the
+    digest of the tensors. The order of the gate's inputs and the clamp do not follow from tensors: they are taken to be those
+    of the port, or of the official network. Raises CheckpointMismatch for other state_dicts of this package.
+    """
+    found = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
+    stored = {name: _stored(name, t) for name, t in found.items()}
+    contents = _official_contents(stored) or ports.read(stored, {}, [])
+    net = build(contents, sum(t.numel() * t.element_size() for t in found.values()), allow_nonfinite)
+    return Loaded(net, contents.line, {}, digest(found))
 
 
 def load_info(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -131,13 +148,27 @@ def load_info(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise type(error)(f"{path}: {error}") from error
 
 
-def _contents(data: bytearray) -> tuple[Contents, dict[str, Any]]:
+def _contents(data: bytearray, path: Path) -> tuple[Contents, dict[str, Any]]:
     kind = sniff(data)
     if kind == "safetensors":
         return _own_contents(data)
     if kind == "caffe":
         return caffe.read(data), {}
+    if kind == "mxnet":
+        return mxnet.read(data, _symbol(path)), {}
     return ports.read(*torch_file.read(data, kind)), {}
+
+
+def _symbol(path: Path) -> mxnet.Symbol:
+    """The other half of an MXNet network, which lies beside it."""
+    beside = mxnet.symbol_path(path)
+    try:
+        data = read_file(beside, mxnet.MAX_SYMBOL)
+    except InputError as error:
+        raise CheckpointMismatch(
+            f"MXNet keeps a part of the network in {beside.name}, which must lie in the same folder ({error})"
+        ) from error
+    return mxnet.read_symbol(data, beside.name)
 
 
 def _own_contents(data: bytearray) -> tuple[Contents, dict[str, Any]]:
@@ -158,10 +189,25 @@ def _own_contents(data: bytearray) -> tuple[Contents, dict[str, Any]]:
     return Contents(config, stored, {}, line, problems), info
 
 
+def _official_contents(stored: dict[str, Stored]) -> Contents | None:
+    """Names of this package, and shapes of an official network: nobody else shares convolutions or has one output for each
+    block with a batch normalisation of its own."""
+    renamed, removed = ports.strip_prefixes(stored)
+    ours = {new: stored[old] for old, new in renamed.items() if not new.endswith("num_batches_tracked")}
+    config = guess_config({name: s.shape for name, s in ours.items()})
+    if config is None or config.sharing != "conv" or not config.multi_supervised or config.share_recon_bn or not config.bias:
+        return None
+    line = f"the official network, M{config.num_memory_blocks}R{config.num_recursions}, {config.channels} channels"
+    return Contents(config, ours, {}, line + (f"; without prefix {' '.join(map(short, removed))}" if removed else ""))
+
+
 def _stored(name: str, tensor: Tensor) -> Stored:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        return Stored(name, "'not dense'", tuple(tensor.shape), lambda: np.empty(0))
     dtype = str(tensor.dtype).removeprefix("torch.")
+    plain = tensor.detach()
     # NumPy has no bfloat16; float32 holds it exactly.
-    return Stored(name, dtype, tuple(tensor.shape), lambda: (tensor.float() if dtype == "bfloat16" else tensor).numpy())
+    return Stored(name, dtype, tuple(tensor.shape), lambda: (plain.float() if dtype == "bfloat16" else plain).cpu().numpy())
 
 
 def _own_file(data: bytearray) -> tuple[dict[str, Tensor], dict[str, str]]:

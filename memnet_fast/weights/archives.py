@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from memnet_fast.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointTooLarge, CheckpointUnsafe
-from memnet_fast.weights.fitting import MAX_TENSORS
+from memnet_fast.weights.fitting import MAX_TENSORS, short
 from memnet_fast.weights.pickles import MAX_PICKLE, Budget, Global, Machine, Storage, dense_tensor
 
 # Element types by the names of their storages: bytes for each, and NumPy's name where it is a float that is read.
@@ -109,7 +109,7 @@ def read_zip(data: bytearray) -> Archive:
             archive.places[storage.key] = place(f"data/{storage.key}")
         begin, end = archive.places[storage.key]
         if storage.count * ITEM_SIZES.get(storage.type, 1) > end - begin:
-            _corrupt(f"storage {storage.key[:50]} declares {storage.count} elements and has {end - begin} bytes")
+            _corrupt(f"storage {short(storage.key)} declares {storage.count} elements and has {end - begin} bytes")
         return storage
 
     begin, end = place("data.pkl")
@@ -256,7 +256,7 @@ def read_legacy(data: bytearray) -> Archive:
         storage = _persistent_storage(saved)
         first = storages.setdefault(storage.key, storage)
         if (first.type, first.count) != (storage.type, storage.count):
-            _corrupt(f"storage {storage.key[:50]} is described in two ways")
+            _corrupt(f"storage {short(storage.key)} is described in two ways")
         return storage
 
     archive = Archive(data, big_endian=not system["little_endian"])
@@ -269,7 +269,7 @@ def read_legacy(data: bytearray) -> Archive:
             _corrupt("a storage that no tensor uses, or twice the same")
         begin, end = archive.places[key] = stream.content(storages[key].type)
         if end - begin != storages[key].count * ITEM_SIZES.get(storages[key].type, 1):
-            _corrupt(f"storage {key[:50]} declares {storages[key].count} elements and has {end - begin} bytes")
+            _corrupt(f"storage {short(key)} declares {storages[key].count} elements and has {end - begin} bytes")
     if len(archive.places) != len(storages):
         _corrupt("a storage is missing")
     return archive

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from memnet_fast.config import MemNetConfig
-from memnet_fast.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointTooLarge, InputError
-from memnet_fast.weights.fitting import EPS, MAX_TENSORS, Contents, Stored, short, tensor_shapes
+from memnet_fast.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointTooLarge
+from memnet_fast.weights import official
+from memnet_fast.weights.fitting import EPS, MAX_TENSORS, Contents, Stored, same_bits, short, tensor_shapes
+from memnet_fast.weights.official import Key, Unit
 from memnet_fast.weights.protobuf import BYTES, FIXED32, VARINT, Budget, Message
 
-_INDEX = r"0*(\d{1,4})"
-# (bn_|scale_)? is the part of the unit; then the unit, with the numbers of block and recursion.
-_LAYER = re.compile(rf"(bn_|scale_|)conv(1|{_INDEX}_{_INDEX}_([ab])|_transition_{_INDEX}|_end_{_INDEX})")
-_HEAD_WEIGHT = re.compile(rf"weight_output_end_{_INDEX}")
-_PARTS = {"bn_": "bn", "scale_": "scale", "": "conv"}
 _BLOBS = {"bn": 3, "scale": 2}
-
-# A unit is ("first",), ("a" or "b", block, recursion), ("gate", block) or ("end", block); blocks and recursions from 1.
-Unit = tuple[str | int, ...]
-Key = tuple[str, Unit]
 
 
 @dataclass
@@ -80,7 +72,7 @@ def _read_layer(message: Message, name: int, blobs: int, batch_norm: int = 0, v0
             raise CheckpointMismatch("layers of the oldest kind (V0) are not read; run upgrade_net_proto_binary first")
         else:
             message.skip()
-    if not pieces or not (_LAYER.fullmatch(layer.name) or _HEAD_WEIGHT.fullmatch(layer.name)):
+    if not pieces or official.parse(layer.name) is None:
         return None
     if len(pieces) > MAX_TENSORS:
         raise CheckpointTooLarge(f"layer {layer.name} has {len(pieces)} blobs")
@@ -153,7 +145,8 @@ def read(data: bytearray) -> Contents:
     problems: list[str] = []
     layers: dict[Key, Layer] = {}
     for layer in read_layers(data):
-        key = _key(layer.name)
+        key = official.parse(layer.name)
+        assert key is not None, "read_layers returns no other names"
         if key in layers:
             problems.append(f"layer {short(layer.name)} appears twice")
         layers[key] = layer
@@ -163,58 +156,10 @@ def read(data: bytearray) -> Contents:
     return _Converter(layers, config, problems).contents()
 
 
-def _key(name: str) -> Key:
-    head = _HEAD_WEIGHT.fullmatch(name)
-    if head:
-        return "weight", ("end", int(head[1]))
-    match = _LAYER.fullmatch(name)
-    assert match is not None, "read_layers returns no other names"
-    part, unit, m, r, x, gate, end = match.groups()
-    if m:
-        return _PARTS[part], (x, int(m), int(r))
-    if gate:
-        return _PARTS[part], ("gate", int(gate))
-    return _PARTS[part], (("end", int(end)) if unit != "1" else ("first",))
-
-
-def _layer_name(part: str, unit: Unit) -> str:
-    """The official name."""
-    if part == "weight":
-        return f"weight_output_end_{unit[1]:02d}"
-    start = {"bn": "bn_", "scale": "scale_", "conv": ""}[part]
-    match unit:
-        case ("first",):
-            return f"{start}conv1"
-        case ("gate", m):
-            return f"{start}conv_transition_{m:02d}"
-        case ("end", m):
-            return f"{start}conv_end_{m:02d}"
-        case (x, m, r):
-            return f"{start}conv{m:02d}_{r:02d}_{x}"
-    raise AssertionError(unit)
-
-
 def _config(layers: dict[Key, Layer]) -> MemNetConfig:
-    def conv(kind: str) -> list[Layer]:
-        return [layer for (part, unit), layer in layers.items() if part == "conv" and unit[0] == kind]
-
-    first = [b.blobs[0].shape for b in conv("first") if len(b.blobs[0].shape) == 4]
-    end = [b.blobs[0].shape for b in conv("end") if len(b.blobs[0].shape) == 4]
-    width = [b.blobs[0].shape[0] for kind in ("a", "b", "gate") for b in conv(kind) if b.blobs[0].shape]
-    convs = [layer for (part, _), layer in layers.items() if part == "conv"]
-    try:
-        config = MemNetConfig(
-            in_channels=first[0][1] if first else 1,
-            out_channels=end[0][0] if end else 1,
-            channels=first[0][0] if first else width[0] if width else 64,
-            num_memory_blocks=max((int(unit[1]) for _, unit in layers if len(unit) > 1), default=1),
-            num_recursions=max((int(unit[2]) for _, unit in layers if len(unit) == 3), default=1),
-            bias=not convs or any(len(layer.blobs) > 1 for layer in convs),
-        )
-    except InputError as error:
-        raise CheckpointMismatch(f"its layers make no MemNet: {error}") from error
-    tensor_shapes(config)  # refuses absurd numbers of blocks and recursions
-    return config
+    convs = {unit: layer.blobs[0].shape for (part, unit), layer in layers.items() if part == "conv"}
+    bias = not convs or any(len(layer.blobs) > 1 for (part, _), layer in layers.items() if part == "conv")
+    return official.infer_config((unit for _, unit in layers), convs, bias)
 
 
 class _Converter:
@@ -231,14 +176,8 @@ class _Converter:
 
     def contents(self) -> Contents:
         c = self.config
-        self.unit(("first",), "first.bn", "first.conv")
-        for m in range(1, c.num_memory_blocks + 1):
-            block = f"blocks.{m - 1}"
-            for x in "ab":
-                for r in range(1, c.num_recursions + 1):
-                    self.unit((x, m, r), f"{block}.bn_{x}.{r - 1}", f"{block}.conv_{x}.0")
-            self.unit(("gate", m), f"{block}.gate.bn", f"{block}.gate.conv")
-            self.unit(("end", m), f"recon_bn.{m - 1}", "recon")
+        for unit, bn, conv in official.units(c):
+            self.unit(unit, bn, conv)
         self.head_weights()
         line = (
             f"official .caffemodel, M{c.num_memory_blocks}R{c.num_recursions}, {c.channels} channels, "
@@ -249,7 +188,7 @@ class _Converter:
 
     def layer(self, part: str, unit: Unit, tensors: list[str], count: int) -> Layer | None:
         """The layer, if it is there and has as many blobs as it must."""
-        name, layer = _layer_name(part, unit), self.layers.get((part, unit))
+        name, layer = official.layer_name(part, unit), self.layers.get((part, unit))
         self.used.add((part, unit))
         for tensor in tensors:
             self.names.setdefault(tensor, name)
@@ -303,10 +242,8 @@ class _Converter:
         self.names[name] = f"layer {self.names[name]} ({name.rpartition('.')[2]})"
 
     def assert_equal(self, name: str, blob: Blob, layer: str) -> None:
-        """Convolutions that the network shares are stored many times; NaN equals itself here."""
-        first = self.tensors[name].read()
-        same = first.size == blob.data.size and first.tobytes() == blob.data.tobytes()
-        if not same:
+        """Convolutions that the network shares are stored many times."""
+        if not same_bits(self.tensors[name].read().reshape(-1), blob.data):
             what = name.rpartition(".")[2]
             self.problems.append(f"the {what} of layer {layer} differs from {self.tensors[name].name}, with which it is shared")
 

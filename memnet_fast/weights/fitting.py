@@ -25,6 +25,8 @@ _MAX_CHANNELS = 1 << 16
 _LARGEST = 1e15
 # A network may need more memory than its file has bytes (float16, tensors that share a storage), but not without limit.
 _EXTRA_BYTES = 60 << 20
+# Elements that are compared at a time.
+_PIECE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,17 @@ def show_config(config: MemNetConfig, names: Iterable[str] | None = None) -> str
 
 
 def short(name: str) -> str:
-    """A name from a file, not longer than a line."""
-    return name if len(name) <= 200 else f"{name[:200]}..."
+    """A name from a file for a message: not longer than a line, and without control characters."""
+    text = name if len(name) <= 200 else f"{name[:200]}..."
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def same_bits(first: np.ndarray, second: np.ndarray) -> bool:
+    """Equal in dtype, shape and every bit, so that NaN equals itself. Piece by piece: copies of whole arrays would add up."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    a, b = first.reshape(-1), second.reshape(-1)
+    return all(a[i : i + _PIECE].tobytes() == b[i : i + _PIECE].tobytes() for i in range(0, a.size, _PIECE))
 
 
 def build(contents: Contents, file_bytes: int, allow_nonfinite: bool) -> MemNet:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from memnet_fast.errors import CheckpointCorrupt, CheckpointTooLarge, CheckpointUnsafe
+from memnet_fast.weights.fitting import short
 
 # An M10R10 with the states of Adam needs 150,000 steps and a few megabytes; a step costs under a microsecond.
 _MAX_STEPS = 400_000
@@ -38,7 +39,7 @@ class Global:
         self.module, self.name = module, name
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
+        return short(f"{self.module}.{self.name}")
 
 
 class Record:
@@ -355,7 +356,7 @@ class Machine:
             _corrupt("a name that is none")
         known = (module, name) in _DATA or (module, name) in _CALLS
         if "." in name or (not known and module.partition(".")[0] in _CODE_MODULES):
-            _unsafe(f"names {module}.{name}")
+            _unsafe(f"names {short(f'{module}.{name}')}")
         self.push(Global(module, name))
 
     def call(self) -> None:

@@ -11,7 +11,7 @@ from memnet_fast.errors import CheckpointCorrupt, CheckpointMismatch, Checkpoint
 # First bytes of a NetParameter: the tags of its fields name, layers, input, input_dim, force_backward, state, debug_info,
 # input_shape and layer. A .caffemodel has no magic number.
 _CAFFE_TAGS = (b"\x0a", b"\x12", b"\x1a", b"\x20", b"\x22", b"\x28", b"\x32", b"\x38", b"\x42", b"\xa2\x06")
-_MXNET = b"\x12\x01\0\0\0\0\0\0"
+_MXNET = b"\x12\x01\0\0\0\0\0\0\0\0\0\0\0\0\0\0"
 _LEGACY_PICKLE = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
 
@@ -46,10 +46,10 @@ def read_file(path: Path, limit: int) -> bytearray:
 
 
 def sniff(data: bytearray) -> str:
-    """ "safetensors", "zip", "legacy", "tar" or "caffe".
+    """ "safetensors", "zip", "legacy", "tar", "mxnet" or "caffe".
 
-    Raises CheckpointCorrupt for an empty file and for one of no known format, CheckpointMismatch for formats that are known
-    but not read.
+    Raises CheckpointCorrupt for an empty file and for one of no known format, CheckpointMismatch for a format that is
+    known but not read.
     """
     if not data:
         raise CheckpointCorrupt("the file is empty")
@@ -59,12 +59,14 @@ def sniff(data: bytearray) -> str:
         return "zip"
     if data.startswith(_LEGACY_PICKLE):
         return "legacy"
+    if data.startswith(_MXNET):
+        return "mxnet"
     if data[257:262] == b"ustar":
         return "tar"
     if data.startswith(b"\x89HDF\r\n\x1a\n"):
         raise CheckpointMismatch("an HDF5 file is not read; convert it to a binary .caffemodel first")
-    if data.startswith(_MXNET):
-        raise CheckpointMismatch("an MXNet .params file is not read; convert the .caffemodel it came from")
     if data.startswith(_CAFFE_TAGS):
         return "caffe"
-    raise CheckpointCorrupt("neither safetensors, nor a PyTorch file (.pth), nor a .caffemodel; or its start is damaged")
+    raise CheckpointCorrupt(
+        "neither safetensors, nor a PyTorch file (.pth), nor a .caffemodel, nor MXNet's .params; or its start is damaged"
+    )

@@ -1,4 +1,5 @@
-"""Files of other programs, written from their descriptions: .caffemodel, and the PyTorch formats that torch no longer writes.
+"""Files of other programs, written from their descriptions: .caffemodel, MXNet, and the PyTorch formats that torch no longer
+writes.
 
 Nothing here is shared with the readers of the package.
 """
@@ -6,6 +7,7 @@ Nothing here is shared with the readers of the package.
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import struct
 import tarfile
@@ -152,6 +154,125 @@ def caffe_forward(blobs: Blobs, m: int, r: int, x: Tensor, eps: float = 1e-5) ->
         long.append(unit(torch.cat(long + short, 1), f"conv_transition_{i:02d}", 0))
         y = y + float(blobs[f"weight_output_end_{i:02d}"][0][0]) * (x + unit(long[-1], f"conv_end_{i:02d}", 1))
     return y
+
+
+# MXNet --------------------------------------------------------------------------------------------------------------------
+
+MXNET_TYPES = {"float32": 0, "float64": 1, "float16": 2, "uint8": 3, "int32": 4, "int8": 5, "int64": 6, "bool": 7}
+
+
+def mxnet_array(values: np.ndarray, version: int = 2) -> bytes:
+    """version: 0 (32-bit dimensions, no magic number) to 3."""
+    values = np.ascontiguousarray(values)
+    if version == 0:
+        head = struct.pack(f"<I{values.ndim}I", values.ndim, *values.shape)
+    else:
+        head = struct.pack("<I", 0xF993FAC7 + version) + (struct.pack("<i", 0) if version > 1 else b"")
+        head += struct.pack(f"<I{values.ndim}q", values.ndim, *values.shape)
+    device = struct.pack("<ii", 1, 0)
+    return head + device + struct.pack("<i", MXNET_TYPES[values.dtype.name]) + values.tobytes()
+
+
+def mxnet_params(arrays: dict[str, np.ndarray], version: int = 2) -> bytes:
+    """The list of arrays and the list of names."""
+    out = struct.pack("<QQQ", 0x112, 0, len(arrays)) + b"".join(mxnet_array(a, version) for a in arrays.values())
+    names = (name.encode() for name in arrays)
+    return out + struct.pack("<Q", len(arrays)) + b"".join(struct.pack("<Q", len(n)) + n for n in names)
+
+
+class _Symbol:
+    """A graph in the JSON of MXNet 1.x."""
+
+    def __init__(self) -> None:
+        self.nodes: list[dict] = []
+
+    def add(self, op: str, name: str, *inputs: int, **attributes: object) -> int:
+        node = {"op": op, "name": name, "inputs": [[i, 0, 0] for i in inputs]}
+        if attributes:
+            node["attrs"] = {k: str(v) for k, v in attributes.items()}
+        self.nodes.append(node)
+        return len(self.nodes) - 1
+
+    def unit(self, x: int, names: list[str], eps: float, bn: str, conv: str) -> int:
+        """Batch normalisation, ReLU and convolution; names: of gamma, beta, mean, variance, weight and bias."""
+        arrays = [self.add("null", name) for name in names]
+        x = self.add("BatchNorm", bn, x, *arrays[:4], eps=eps, fix_gamma=False)
+        return self.add("Convolution", conv, self.add("Activation", f"relu_{conv}", x), *arrays[4:], no_bias=False)
+
+    def text(self, heads: int) -> bytes:
+        return json.dumps({"nodes": self.nodes, "heads": [[heads, 0, 0]], "attrs": {"mxnet_version": ["int", 10300]}}).encode()
+
+
+def mxnet_official(blobs: Blobs, m: int, r: int, eps: float = 1e-4) -> tuple[dict[str, np.ndarray], bytes]:
+    """Arrays and symbol as the published conversions have them: the w_m are numbers in the symbol."""
+    arrays: dict[str, np.ndarray] = {}
+    symbol = _Symbol()
+    data = symbol.add("null", "data")
+
+    def unit(x: int, name: str) -> int:
+        mean, variance, factor = blobs[f"bn_{name}"]
+        gamma, beta = blobs[f"scale_{name}"]
+        scale = np.float32(0 if factor[0] == 0 else 1 / factor[0])
+        named = {
+            f"bn_{name}_gamma": gamma,
+            f"bn_{name}_beta": beta,
+            f"bn_{name}_moving_mean": mean * scale,
+            f"bn_{name}_moving_var": variance * scale,
+            f"{name}_weight": blobs[name][0],
+            f"{name}_bias": blobs[name][1],
+        }
+        arrays.update({f"{'aux' if 'moving' in k else 'arg'}:{k}": v for k, v in named.items()})
+        return symbol.unit(x, list(named), eps, f"bn_{name}", name)
+
+    long, outputs = [unit(data, "conv1")], []
+    for i in range(1, m + 1):
+        h, short = long[-1], []
+        for j in range(1, r + 1):
+            t = unit(unit(h, f"conv{i:02d}_{j:02d}_a"), f"conv{i:02d}_{j:02d}_b")
+            h = symbol.add("broadcast_add", f"eltwise{i:02d}_{j:02d}", h, t)
+            short.append(h)
+        gate = symbol.add("Concat", f"concat_{i:02d}", *long, *short, dim=1, num_args=len(long + short))
+        long.append(unit(gate, f"conv_transition_{i:02d}"))
+        y = symbol.add("broadcast_add", f"HR_recovery_{i:02d}", data, unit(long[-1], f"conv_end_{i:02d}"))
+        weight = float(blobs[f"weight_output_end_{i:02d}"][0][0])
+        outputs.append(symbol.add("_mul_scalar", f"_mulscalar{i - 1}", y, scalar=weight))
+    return arrays, symbol.text(symbol.add("add_n", "HR_recovery", *outputs, num_args=m))
+
+
+def mxnet_learned(state: dict[str, np.ndarray], m: int, r: int, eps: float = 1e-5) -> tuple[dict[str, np.ndarray], bytes]:
+    """Port A' as its conversion through ONNX names it: learned_1, ..., in the order of the state dict; `weights` in the symbol.
+
+    state: with the port's own names.
+    """
+    stems = ["feature_extractor", "reconstructor"]
+    for i in range(m):
+        stems += [f"dense_memory.{i}.recursive_unit.{j}.relu_conv{k}" for j in range(r) for k in (1, 2)]
+        stems.append(f"dense_memory.{i}.gate_unit")
+    leaves = ("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var", "conv.weight", "conv.bias")
+    names = {f"{stem}.{leaf}": f"learned_{6 * s + k + 1}" for s, stem in enumerate(stems) for k, leaf in enumerate(leaves)}
+    symbol = _Symbol()
+    data = symbol.add("null", "data")
+    used: dict[str, int] = {}
+
+    def unit(x: int, stem: str) -> int:
+        used[stem] = number = len(used)
+        return symbol.unit(x, [names[f"{stem}.{leaf}"] for leaf in leaves], eps, f"batchnorm{number}", f"convolution{number}")
+
+    long, total = [unit(data, "feature_extractor")], None
+    for i in range(m):
+        h, short = long[-1], []
+        for j in range(r):
+            t = unit(
+                unit(h, f"dense_memory.{i}.recursive_unit.{j}.relu_conv1"), f"dense_memory.{i}.recursive_unit.{j}.relu_conv2"
+            )
+            h = symbol.add("broadcast_add", f"broadcast_add{i}_{j}", t, h)
+            short.append(h)
+        long.append(unit(symbol.add("Concat", f"concat{i}", *short, *long), f"dense_memory.{i}.gate_unit"))
+        y = symbol.add("broadcast_add", f"broadcast_add{i}", unit(long[-1], "reconstructor"), data)
+        y = symbol.add("_mul_scalar", f"_mulscalar{i}", y, scalar=float(state["weights"].reshape(-1)[i]))
+        total = y if total is None else symbol.add("broadcast_add", f"sum{i}", total, y)
+    assert total is not None
+    return {names[k]: v for k, v in state.items() if k in names}, symbol.text(total)
 
 
 # PyTorch ------------------------------------------------------------------------------------------------------------------
