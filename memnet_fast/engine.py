@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -15,8 +14,10 @@ import torch
 from torch import Tensor
 
 from memnet_fast import backends
+from memnet_fast.backends.cuda_graphs import Replays, capturing
 from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import DeviceOOM, InputError
+from memnet_fast.memory import empty, short_memory
 from memnet_fast.plan import lower_state
 from memnet_fast.reference import MemNet
 
@@ -33,19 +34,15 @@ def state_names(config: MemNetConfig) -> tuple[str, ...]:
         return tuple(k for k in MemNet(config).state_dict() if not k.endswith("num_batches_tracked"))
 
 
-def images_per_pass(n: int, h: int, w: int) -> int:
-    return max(1, min(n, PIXELS_PER_PASS // (h * w)))
+def images_per_pass(n: int, h: int, w: int, backend: str = "cpu") -> int:
+    """Images of a batch that a backend computes at once."""
+    pixels = getattr(backends.LADDER[backend], "PIXELS_PER_PASS", PIXELS_PER_PASS)
+    return max(1, min(n, pixels // (h * w)))
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, what: str) -> Tensor:
-    """torch.empty that raises DeviceOOM where memory is short."""
-    try:
-        return torch.empty(shape, dtype=dtype, device=device)
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error):
-            raise
-        size = math.prod(shape) * dtype.itemsize / 2**20
-        raise DeviceOOM(f"{size:.0f} MiB of {what} on {device}: {str(error).splitlines()[0]}") from error
+def _fingerprint(state: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Where the tensors lie and how often autograd saw them change; needs no look at their values."""
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in state]
 
 
 class Engine:
@@ -53,6 +50,14 @@ class Engine:
 
     spec: JSON of config, eps (one for each batch normalisation), backend, precision, algorithm.
     Calls may come from several threads at once: packed weights are immutable, and each call has a workspace of its own.
+
+    On a GPU everything is enqueued on the current stream of the device of x, and nothing waits for it, with two exceptions:
+    the first call, and backends that pack on the host, which compare the weights with those they packed. So a call can be
+    captured with torch.cuda.graph: its workspace then comes from the memory of that graph, and lives as long. The CUDA backend
+    packs in every call, so also in every replay, from the parameters where they lay at the capture; the others can be captured
+    once they have run, and replay the weights of that time.
+
+    replays: the graphs that the CUDA backend keeps of small images by itself.
     """
 
     def __init__(self, spec: str) -> None:
@@ -61,14 +66,19 @@ class Engine:
         self.eps: dict[str, float] = values["eps"]
         self.request = (values["backend"], values["precision"], values["algorithm"])
         self.lock = threading.RLock()
+        self.replays = Replays()
         self._seen: Tensor | None = None
+        self._seen_at: list[tuple[int, int]] = []
         self._packed: tuple[backends.Choice, backends.Packed] | None = None
+        self._live: dict[torch.device, tuple[backends.Choice, backends.Live | None]] = {}
+        self._told: backends.Choice | None = None
         self._free: dict[tuple[torch.device, int], Tensor] = {}
 
     def packed(self, state: Sequence[Tensor]) -> tuple[backends.Choice, backends.Packed]:
-        """Weights as the backend wants them, packed again if any value of `state` differs from the last call.
+        """The backend, and the weights as it wants them; packed now, or packed before from the very same values.
 
         Values are compared, not version counters: `parameter.data.mul_(2)` changes no counter.
+        Raises InputError where that would have to wait for a GPU whose stream is being captured.
         """
         if backends.cpu.forked() and torch.get_num_threads() > 1:
             # torch's own parallel loops would wait for ever, too, for a thread pool that did not survive the fork.
@@ -77,22 +87,46 @@ class Engine:
             device = state[0].device
             if any(t.device != device for t in state):
                 raise InputError("the parameters of the network lie on several devices; move it to one")
+            choice, live = self._of_device(device)
+            if live is not None:
+                return choice, live.bind(state)
+            if capturing(device):
+                if self._packed is None or self._seen_at != _fingerprint(state):
+                    raise InputError(
+                        f"backend '{choice.backend}' packs its weights on the host, which a stream under capture forbids; "
+                        "call the network once before the capture"
+                    )
+                return self._packed
             flat = torch.cat([t.detach().reshape(-1) for t in state])
             bits = flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[flat.element_size()])
             seen = self._seen
             same = seen is not None and seen.dtype == bits.dtype and seen.device == device and torch.equal(seen, bits)
             if not same or self._packed is None:
-                choice = backends.choose(self.config, device, *self.request)
-                self._tell(choice, device)
                 plan = lower_state(self.config, dict(zip(state_names(self.config), state, strict=True)), self.eps)
                 module = backends.LADDER[choice.backend]
                 self._packed = choice, module.pack(plan, device, choice.precision, choice.algorithm)
                 self._seen = bits
+            self._seen_at = _fingerprint(state) if device.type == "cuda" else []
             return self._packed
+
+    def _of_device(self, device: torch.device) -> tuple[backends.Choice, backends.Live | None]:
+        """The backend for a device, and if it packs weights by itself in each call, what it made of the network."""
+        with self.lock:
+            if device not in self._live:
+                choice = backends.choose(self.config, device, *self.request)
+                self._tell(choice, device)
+                module = backends.LADDER[choice.backend]
+                live = None
+                if hasattr(module, "live"):
+                    names = state_names(self.config)
+                    live = module.live(self.config, self.eps, names, device, choice.precision, choice.algorithm)
+                self._live[device] = choice, live
+            return self._live[device]
 
     def _tell(self, choice: backends.Choice, device: torch.device) -> None:
         """Logs a new choice, once."""
-        if self._packed is None or self._packed[0] != choice:
+        if self._told != choice:
+            self._told = choice
             _log.info(
                 "backend %s, precision %s, algorithm %s on %s", choice.backend, choice.precision, choice.algorithm, device
             )
@@ -101,26 +135,50 @@ class Engine:
 
     def run(self, x: Tensor, state: Sequence[Tensor]) -> Tensor:
         """x [N, C_in, H, W] -> [N, C_out, H, W], contiguous, dtype and device of x."""
-        _, packed = self.packed(state)
+        try:
+            with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
+                if self._of_device(state[0].device)[1] is None:
+                    return self._run(x, state)
+                # Only the enqueueing is under the lock: load_state_dict in another thread comes before or after all of it.
+                with self.lock:
+                    return self._run(x, state)
+        except DeviceOOM:
+            self.release()
+            raise
+
+    def _run(self, x: Tensor, state: Sequence[Tensor]) -> Tensor:
+        choice, packed = self.packed(state)
+        if isinstance(packed, backends.cuda.Bound):
+            replayed = self.replays.run(packed, x, self.config.out_channels)
+            if replayed is not None:
+                return replayed
         n, _, h, w = x.shape
-        # A view with the negative bit set looks contiguous; its memory holds other numbers.
-        image = x.detach().resolve_neg().to(torch.float32).contiguous()
-        out = _empty((n, self.config.out_channels, h, w), torch.float32, x.device, "output")
-        step = images_per_pass(n, h, w)
+        with short_memory("a copy of the input", x.device):
+            # A view with the negative bit set looks contiguous; its memory holds other numbers.
+            image = x.detach().resolve_neg().to(torch.float32).contiguous()
+        out = empty((n, self.config.out_channels, h, w), torch.float32, x.device, "output")
+        step = images_per_pass(n, h, w, choice.backend)
         with self._workspace(x.device, packed.workspace_bytes(step, h, w)) as workspace:
             for i in range(0, n, step):
                 packed.run(image[i : i + step], out[i : i + step], workspace)
-        return out.to(x.dtype)
+        with short_memory("a copy of the output", x.device):
+            return out.to(x.dtype)
 
     @contextmanager
     def _workspace(self, device: torch.device, size: int) -> Iterator[Tensor]:
         """A workspace that nobody else holds; the largest one of each (device, stream) is kept for the next call."""
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        stream = 0
+        if device.type == "cuda":
+            if capturing(device):
+                # Of the memory pool of the graph, which keeps it for its replays. No other call may get it.
+                yield empty((size,), torch.uint8, device, "workspace")
+                return
+            stream = torch.cuda.current_stream(device).cuda_stream
         with self.lock:
             workspace = self._free.pop((device, stream), None)
         if workspace is None or workspace.numel() < size:
             workspace = None  # frees the old one before the new one is asked for
-            workspace = _empty((size,), torch.uint8, device, "workspace")
+            workspace = empty((size,), torch.uint8, device, "workspace")
         try:
             yield workspace
         finally:
@@ -130,9 +188,10 @@ class Engine:
                     self._free[device, stream] = workspace
 
     def release(self) -> None:
-        """Gives the kept workspaces back."""
+        """Gives the kept workspaces back, and those of the kept graphs with them."""
         with self.lock:
             self._free.clear()
+            self.replays.clear()
 
 
 _engines: dict[str, Engine] = {}

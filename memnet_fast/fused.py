@@ -23,7 +23,8 @@ INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def fuse(net: nn.Module, backend: str = "auto", precision: str = "auto", algorithm: str = "auto") -> FusedMemNet:
     """A fused network for inference that shares the parameters of `net` (a MemNet, or a FusedMemNet to fuse otherwise).
 
-    backend: "auto", "cpu", "triton", "torch". precision: "auto", "fp32", and with triton and torch "tf32", "bf16", "fp16".
+    backend: "auto", "cuda", "triton", "cpu", "torch". precision: "auto", "fp32", "tf32", "bf16", "fp16"; cpu computes in fp32
+    only, cuda in fp16 and bf16 only.
     algorithm: "auto", "winograd" or "direct", for the 3x3 convolutions of the CPU backend.
     Puts `net` into eval mode. Raises InputError for what is not a plain MemNet, BackendUnavailable (with the reason) for a
     request that cannot be met.
@@ -99,8 +100,8 @@ class FusedMemNet(nn.Module):
 
     def workspace_bytes(self, n: int, h: int, w: int) -> int:
         """Bytes of workspace that a call with [n, C_in, h, w] needs (a large batch is computed in several passes)."""
-        _, packed = engine.engine(self._spec).packed(self._state())
-        return packed.workspace_bytes(engine.images_per_pass(n, h, w), h, w)
+        choice, packed = engine.engine(self._spec).packed(self._state())
+        return packed.workspace_bytes(engine.images_per_pass(n, h, w, choice.backend), h, w)
 
     def release_workspace(self) -> None:
         """Frees the workspaces kept for the next call."""

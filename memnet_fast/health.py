@@ -18,7 +18,7 @@ _TOLERANCE = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}
 def doctor() -> dict[str, Any]:
     """A report of plain values (it can be stored as JSON).
 
-    Keys: memnet_fast, python, platform, packages, cpu, native, cuda, triton, nvcc, backends, weights, restore.
+    Keys: memnet_fast, python, platform, packages, cpu, native, cuda, native_cuda, triton, nvcc, backends, weights, restore.
     restore["ok"]: the bundled denoiser restored a small test image on the backend that "auto" chooses, and agreed with the
     reference.
     """
@@ -40,6 +40,7 @@ def doctor() -> dict[str, Any]:
         },
         "native": _native(),
         "cuda": _cuda(),
+        "native_cuda": _native_cuda(),
         "triton": _triton(),
         "nvcc": _nvcc(),
         "backends": _backends(),
@@ -74,7 +75,28 @@ def _native() -> dict[str, Any]:
         "ok": reason is None,
         "reason": reason,
         "isas": list(native.module().isas()) if reason is None else [],
-        "build": native.build_info(),
+        "build": {key: value for key, value in native.build_info().items() if key != "cuda"},
+    }
+
+
+def _native_cuda() -> dict[str, Any]:
+    """ok: the module is here, and the driver runs it. archs: what it holds code for. driver: the CUDA version it supports."""
+    from memnet_fast import native_cuda
+
+    build = {key: value for key, value in native_cuda.build_info().items() if key != "kernels"}
+    reason = native_cuda.why_missing()
+    if reason is not None:
+        return {"ok": False, "reason": reason, "archs": [], "compiler": None, "driver": None, "build": build}
+    module = native_cuda.module()
+    reason, driver = native_cuda.why_not_running(), native_cuda.driver()
+    archs = module.archs().split()
+    return {
+        "ok": reason is None,
+        "reason": reason,
+        "archs": archs,
+        "compiler": module.compiler(),
+        "driver": driver,
+        "build": build,
     }
 
 

@@ -2,7 +2,7 @@
 
 Everything that tells one member of the family from another (sharing, gate order, chains, supervision) ends here; a backend
 sees operations. Batch normalisation is folded to scale and shift in float64, and nothing is rounded: a backend rounds once,
-when it packs.
+when it packs. The operations depend on the configuration alone (`outline`); each weight is a `Recipe` over the state_dict.
 
 A slot is one feature map [N, H, W, C]. Short-term memories H^1..H^R hold slots 0..R-1 and are reused by every block; the
 long-term B_m holds slot R + m. So gate m reads the contiguous slots 0..R+m-1 and no concatenation ever exists. Other
@@ -11,9 +11,11 @@ intermediate maps (only chains have them) take the lowest slot that is free duri
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +44,8 @@ class ResidualBlock:
 
     The second batch normalisation is inside weight_a and bias_a. dst differs from src.
     scale, shift, bias_a, bias_b: [C]; weight_a, weight_b: [C, C, 3, 3].
+    range_a, range_b: [1], the largest value to expect of what each convolution reads, for precisions that need a scale: eight
+    standard deviations above the mean of the batch normalisation before it, the largest over the channels.
     """
 
     src: int
@@ -52,6 +56,8 @@ class ResidualBlock:
     bias_a: str
     weight_b: str
     bias_b: str
+    range_a: str = ""
+    range_b: str = ""
 
 
 @dataclass(frozen=True)
@@ -156,50 +162,150 @@ def require_structure(reference: MemNet) -> None:
             raise InputError(f"{name}: not the module that the configuration describes; fusing would ignore the difference")
 
 
-class _Builder:
-    """Collects operations whose slots are still names of values, and the weights."""
+@dataclass(frozen=True)
+class State:
+    """A tensor of the state_dict, flat."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class NormScale:
+    """What a batch normalisation multiplies with in eval mode: weight / sqrt(running_var + eps)."""
+
+    norm: str
+
+
+@dataclass(frozen=True)
+class NormShift:
+    """What it then adds: bias - running_mean * scale."""
+
+    norm: str
+
+
+@dataclass(frozen=True)
+class NormRange:
+    """One value: the largest to expect behind a batch normalisation, the greatest bias + 8 |weight| of its channels."""
+
+    norm: str
+
+
+@dataclass(frozen=True)
+class Total:
+    """One value: the sum of a tensor of the state_dict, added from its first element to its last."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Constant:
+    value: float
+    count: int
+
+
+Vector = State | NormScale | NormShift | NormRange | Total | Constant
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How a weight follows from a state_dict: v[index] * scale + shift, in float64, every step rounded by itself.
+
+    v: the vectors `sources`, one behind the other. index: int64 [elements] into v; None: all of v in order.
+    scale, shift: one value for each entry of the first dimension of the weight; None: not applied.
+    A backend that packs weights on its own device follows the same recipes.
+    """
+
+    shape: tuple[int, ...]
+    sources: tuple[Vector, ...]
+    index: np.ndarray | None = None
+    scale: Vector | None = None
+    shift: Vector | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Outline:
+    """A plan without numbers: what `FusedPlan` is, with recipes in place of weights."""
+
+    config: MemNetConfig
+    ops: tuple[Op, ...]
+    recipes: Mapping[str, Recipe]
+    num_slots: int
+
+
+class _Vectors:
+    """The vectors of recipes, float64 on the CPU."""
 
     def __init__(self, state: Mapping[str, Tensor], eps: Mapping[str, float]) -> None:
-        self.state = state
-        self.eps = eps
-        self.weights: dict[str, Tensor] = {}
+        self._state = state
+        self._eps = eps
+        self._known: dict[Vector, Tensor] = {}
 
-    def tensor(self, name: str) -> Tensor:
-        return self.state[name].detach().to("cpu", torch.float64)
+    def __getitem__(self, vector: Vector) -> Tensor:
+        if vector not in self._known:
+            self._known[vector] = self._value(vector)
+        return self._known[vector]
 
-    def add(self, name: str, value: Tensor) -> str:
-        self.weights[name] = value.contiguous()
-        return name
+    def _tensor(self, name: str) -> Tensor:
+        # A copy: a plan does not change with the network.
+        return self._state[name].detach().to("cpu", torch.float64, copy=True).reshape(-1)
 
-    def norm(self, name: str) -> tuple[Tensor, Tensor]:
-        """Scale and shift of a batch normalisation in eval mode."""
-        scale = self.tensor(f"{name}.weight") / torch.sqrt(self.tensor(f"{name}.running_var") + self.eps[name])
-        return scale, self.tensor(f"{name}.bias") - self.tensor(f"{name}.running_mean") * scale
+    def _value(self, vector: Vector) -> Tensor:
+        match vector:
+            case State(name):
+                return self._tensor(name)
+            case NormScale(norm):
+                return self._tensor(f"{norm}.weight") / torch.sqrt(self._tensor(f"{norm}.running_var") + self._eps[norm])
+            case NormShift(norm):
+                return self._tensor(f"{norm}.bias") - self._tensor(f"{norm}.running_mean") * self[NormScale(norm)]
+            case NormRange(norm):
+                return (self._tensor(f"{norm}.bias") + 8 * self._tensor(f"{norm}.weight").abs()).amax().reshape(1)
+            case Total(name):
+                # Not Tensor.sum(), whose order is nobody's promise.
+                return functools.reduce(torch.add, self._tensor(name).unbind()).reshape(1)
+            case Constant(value, count):
+                return torch.full((count,), value, dtype=torch.float64, device="cpu")
 
-    def conv(self, name: str) -> tuple[Tensor, Tensor]:
-        weight = self.tensor(f"{name}.weight")
-        if f"{name}.bias" in self.state:
-            return weight, self.tensor(f"{name}.bias")
-        return weight, torch.zeros(weight.shape[0], dtype=torch.float64, device="cpu")
+
+def _follow(recipe: Recipe, vectors: _Vectors) -> Tensor:
+    value = torch.cat([vectors[source] for source in recipe.sources])
+    if recipe.index is not None:
+        value = value[torch.from_numpy(recipe.index)]
+    value = value.reshape(recipe.shape)
+    along_first = (-1, *(1,) * (len(recipe.shape) - 1))
+    if recipe.scale is not None:
+        value = value * vectors[recipe.scale].view(along_first)
+    if recipe.shift is not None:
+        value = value + vectors[recipe.shift].view(along_first)
+    return value
 
 
 def lower_state(config: MemNetConfig, state: Mapping[str, Tensor], eps: Mapping[str, float]) -> FusedPlan:
     """As `lower`, from a configuration, a state_dict and the eps of each batch normalisation."""
-    b = _Builder(state, eps)
-    m_count, r_count = config.num_memory_blocks, config.num_recursions
+    drawn, vectors = outline(config), _Vectors(state, eps)
+    weights = {name: _follow(recipe, vectors) for name, recipe in drawn.recipes.items()}
+    return FusedPlan(config, drawn.ops, weights, drawn.num_slots)
+
+
+@functools.lru_cache(maxsize=16)
+def outline(config: MemNetConfig) -> Outline:
+    """The operations of every network of this configuration, and the recipes of their weights."""
+    recipes: dict[str, Recipe] = {}
+    c, m_count, r_count = config.channels, config.num_memory_blocks, config.num_recursions
     ops: list[Op] = []
     # Values that are neither H^r nor B_m get negative numbers here and slots below.
     temporary = -1
 
-    scale, shift = b.norm("first.bn")
-    weight, bias = b.conv("first.conv")
+    def add(name: str, recipe: Recipe) -> str:
+        recipes[name] = recipe
+        return name
+
     ops.append(
         FirstConv(
             r_count,
-            b.add("first.scale", scale),
-            b.add("first.shift", shift),
-            b.add("first.weight", weight),
-            b.add("first.bias", bias),
+            add("first.scale", Recipe((config.in_channels,), (NormScale("first.bn"),))),
+            add("first.shift", Recipe((config.in_channels,), (NormShift("first.bn"),))),
+            add("first.weight", Recipe((c, config.in_channels, 3, 3), (State("first.conv.weight"),))),
+            add("first.bias", Recipe((c,), (_bias(config, "first.conv", c),))),
         )
     )
     for m in range(m_count):
@@ -212,46 +318,46 @@ def lower_state(config: MemNetConfig, state: Mapping[str, Tensor], eps: Mapping[
                     target = r
                 else:
                     target, temporary = temporary, temporary - 1
-                ops.append(_residual_block(b, config, m, index, source, target))
+                ops.append(_residual_block(recipes, config, m, index, source, target))
                 source = target
-        ops.append(_gate(b, config, m))
+        ops.append(_gate(recipes, config, m))
     heads = range(m_count) if config.multi_supervised else [m_count - 1]
-    norms = [b.norm(f"recon_bn.{0 if config.share_recon_bn or not config.multi_supervised else m}") for m in heads]
-    weight, bias = b.conv("recon")
-    one = torch.ones(1, dtype=torch.float64, device="cpu")
-    head = b.tensor("head_weights") if config.multi_supervised else one
+    norms = [f"recon_bn.{0 if config.share_recon_bn or not config.multi_supervised else m}" for m in heads]
+    planes, kernel = config.out_channels, config.recon_kernel
+    one = Constant(1.0, 1)
     ops.append(
         Reconstruct(
             tuple(r_count + 1 + m for m in heads),
-            b.add("recon.scale", torch.stack([n[0] for n in norms])),
-            b.add("recon.shift", torch.stack([n[1] for n in norms])),
-            b.add("recon.weight", weight),
-            b.add("recon.bias", bias),
-            b.add("recon.head", head),
-            b.add("recon.skip", head.sum().reshape(1)),
+            add("recon.scale", Recipe((len(norms), c), tuple(NormScale(n) for n in norms))),
+            add("recon.shift", Recipe((len(norms), c), tuple(NormShift(n) for n in norms))),
+            add("recon.weight", Recipe((planes, c, kernel, kernel), (State("recon.weight"),))),
+            add("recon.bias", Recipe((planes,), (_bias(config, "recon", planes),))),
+            add("recon.head", Recipe((len(heads),), (State("head_weights") if config.multi_supervised else one,))),
+            add("recon.skip", Recipe((1,), (Total("head_weights") if config.multi_supervised else one,))),
         )
     )
     placed, num_slots = _assign_slots(ops)
-    return FusedPlan(config, tuple(placed), b.weights, num_slots)
+    return Outline(config, tuple(placed), recipes, num_slots)
 
 
-def _residual_block(b: _Builder, config: MemNetConfig, m: int, index: int, src: int, dst: int) -> ResidualBlock:
-    block, name = f"blocks.{m}", f"blocks.{m}.{index}"
+def _bias(config: MemNetConfig, conv: str, channels: int) -> Vector:
+    return State(f"{conv}.bias") if config.bias else Constant(0.0, channels)
+
+
+def _residual_block(recipes: dict[str, Recipe], config: MemNetConfig, m: int, index: int, src: int, dst: int) -> ResidualBlock:
+    c, block, name = config.channels, f"blocks.{m}", f"blocks.{m}.{index}"
     conv = 0 if config.sharing == "conv" else index
-    if f"{name}.weight_a" not in b.weights:
-        scale, shift = b.norm(f"{block}.bn_a.{index}")
-        b.add(f"{name}.scale", scale)
-        b.add(f"{name}.shift", shift)
-        # bn_b(conv_a(x)) = scale_b * conv_a(x) + shift_b is itself a convolution.
-        scale_b, shift_b = b.norm(f"{block}.bn_b.{index}")
-        weight, bias = b.conv(f"{block}.conv_a.{conv}")
-        b.add(f"{name}.weight_a", weight * scale_b[:, None, None, None])
-        b.add(f"{name}.bias_a", bias * scale_b + shift_b)
-    shared = f"{block}.conv_b.{conv}"
-    if f"{shared}.weight" not in b.weights:
-        weight, bias = b.conv(shared)
-        b.add(f"{shared}.weight", weight)
-        b.add(f"{shared}.bias", bias)
+    norm_a, norm_b = f"{block}.bn_a.{index}", f"{block}.bn_b.{index}"
+    conv_a, conv_b = f"{block}.conv_a.{conv}", f"{block}.conv_b.{conv}"
+    recipes[f"{name}.scale"] = Recipe((c,), (NormScale(norm_a),))
+    recipes[f"{name}.shift"] = Recipe((c,), (NormShift(norm_a),))
+    # bn_b(conv_a(x)) = scale_b * conv_a(x) + shift_b is itself a convolution.
+    recipes[f"{name}.weight_a"] = Recipe((c, c, 3, 3), (State(f"{conv_a}.weight"),), scale=NormScale(norm_b))
+    recipes[f"{name}.bias_a"] = Recipe((c,), (_bias(config, conv_a, c),), scale=NormScale(norm_b), shift=NormShift(norm_b))
+    recipes[f"{conv_b}.weight"] = Recipe((c, c, 3, 3), (State(f"{conv_b}.weight"),))
+    recipes[f"{conv_b}.bias"] = Recipe((c,), (_bias(config, conv_b, c),))
+    recipes[f"{name}.range_a"] = Recipe((1,), (NormRange(norm_a),))
+    recipes[f"{name}.range_b"] = Recipe((1,), (NormRange(norm_b),))
     return ResidualBlock(
         src,
         dst,
@@ -259,29 +365,29 @@ def _residual_block(b: _Builder, config: MemNetConfig, m: int, index: int, src: 
         f"{name}.shift",
         f"{name}.weight_a",
         f"{name}.bias_a",
-        f"{shared}.weight",
-        f"{shared}.bias",
+        f"{conv_b}.weight",
+        f"{conv_b}.bias",
+        f"{name}.range_a",
+        f"{name}.range_b",
     )
 
 
-def _gate(b: _Builder, config: MemNetConfig, m: int) -> Gate:
+def _gate(recipes: dict[str, Recipe], config: MemNetConfig, m: int) -> Gate:
     r_count, c = config.num_recursions, config.channels
     long, short = m + 1, r_count
-    scale, shift = b.norm(f"blocks.{m}.gate.bn")
-    weight, bias = b.conv(f"blocks.{m}.gate.conv")
+    count = long + short
     # Sources in order of slot: H^1..H^R, then B_0..B_m.
-    order = list(range(long + short))
+    order = list(range(count))
     if config.gate_order == "long_short":
         order = order[long:] + order[:long]
     name = f"blocks.{m}.gate"
-    return Gate(
-        tuple(range(short + long)),
-        r_count + m + 1,
-        b.add(f"{name}.scale", scale.reshape(-1, c)[order]),
-        b.add(f"{name}.shift", shift.reshape(-1, c)[order]),
-        b.add(f"{name}.weight", weight.reshape(c, -1, c)[:, order]),
-        b.add(f"{name}.bias", bias),
-    )
+    of_norm = np.arange(count * c).reshape(count, c)[order].reshape(-1)
+    of_weight = np.arange(c * count * c).reshape(c, count, c)[:, order].reshape(-1)
+    recipes[f"{name}.scale"] = Recipe((count, c), (NormScale(f"{name}.bn"),), of_norm)
+    recipes[f"{name}.shift"] = Recipe((count, c), (NormShift(f"{name}.bn"),), of_norm)
+    recipes[f"{name}.weight"] = Recipe((c, count, c), (State(f"{name}.conv.weight"),), of_weight)
+    recipes[f"{name}.bias"] = Recipe((c,), (_bias(config, f"{name}.conv", c),))
+    return Gate(tuple(range(count)), r_count + m + 1, f"{name}.scale", f"{name}.shift", f"{name}.weight", f"{name}.bias")
 
 
 def _assign_slots(ops: list[Op]) -> tuple[list[Op], int]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.restoring import small_net
 
 import memnet_fast as mf
-from memnet_fast import health, native, weights
+from memnet_fast import health, native, native_cuda, weights
+from memnet_fast.cli.doctor import _cuda_module
 
 
 @pytest.fixture
@@ -45,6 +47,24 @@ def test_a_missing_native_module_is_reported_with_the_reason_of_the_build(bundle
     rows = {row["backend"]: row for row in report["backends"] if row["device"] == "cpu"}
     assert rows["cpu"]["can_run"] is False and reason in rows["cpu"]["reason"]
     assert report["restore"]["ok"] and report["restore"]["backend"] == "torch"
+
+
+def test_the_cuda_module(bundled, monkeypatch):
+    report = mf.doctor()["native_cuda"]
+    missing = native_cuda.why_missing()
+    assert report["reason"] == (missing or native_cuda.why_not_running()) and report["ok"] == (report["reason"] is None)
+    assert "kernels" not in report["build"]
+    status = {"driver": 13010, "runtime": 13000, "devices": 1, "error": None}
+    module = SimpleNamespace(status=lambda: status, archs=lambda: "80 90a", compiler=lambda: "nvcc 13.0")
+    monkeypatch.setattr(native_cuda, "why_missing", lambda: None)
+    monkeypatch.setattr(native_cuda, "module", lambda: module)
+    report = health._native_cuda()
+    assert (report["ok"], report["archs"], report["driver"]) == (True, ["80", "90a"], "13.1")
+    assert "built by nvcc 13.0 for 80, 90a; the driver supports CUDA 13.1" in _cuda_module(report)
+    status.update(driver=12020, error="insufficient")
+    assert "too old" in health._native_cuda()["reason"] and health._native_cuda()["ok"] is False
+    status.update(driver=0)
+    assert health._native_cuda()["reason"] == "there is no NVIDIA driver" and health._native_cuda()["driver"] is None
 
 
 def test_damaged_weights_are_reported(bundled):

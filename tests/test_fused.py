@@ -157,7 +157,7 @@ def test_auto_takes_the_native_backend(net):
 
 
 @pytest.mark.parametrize(
-    "options", [{"backend": "tpu"}, {"precision": "fp8"}, {"algorithm": "fft"}, {"backend": "cpu", "precision": "half"}]
+    "options", [{"backend": "tpu"}, {"precision": "int8"}, {"algorithm": "fft"}, {"backend": "cpu", "precision": "half"}]
 )
 def test_unknown_names_are_refused(net, options):
     with pytest.raises(mf.InputError, match="choose from"):
@@ -555,7 +555,7 @@ def test_choices_are_logged(net, caplog):
             fast(networks.image(1, 1, 5, 5))
     said = [r.getMessage() for r in caplog.records if "precision" in r.getMessage()]
     assert len(said) == 1 and fast.backend in said[0] and fast.algorithm in said[0], "once, when the weights are packed"
-    assert set(backends.LADDER) == {"cpu", "triton", "torch"}
+    assert set(backends.LADDER) == {"cuda", "triton", "cpu", "torch"}
 
 
 def test_repr_names_the_request(net):

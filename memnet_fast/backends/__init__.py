@@ -4,6 +4,8 @@
     why_not(config, device, precision, algorithm) -> str | None    the reason why it cannot run, if it cannot
     pack(plan, device, precision, algorithm) -> Packed             weights in its own layout
     ON_REQUEST_ONLY    optional: the reason why "auto" must not choose it, though it may be asked for by name
+    PIXELS_PER_PASS    optional: how many pixels of a batch it computes at once
+    live(config, eps, names, device, precision, algorithm) -> Live    optional: packs weights by itself, in every call
 
 and `choose` is the one ladder that picks among them.
 """
@@ -11,6 +13,7 @@ and `choose` is the one ladder that picks among them.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Protocol
@@ -19,12 +22,12 @@ from typing import Protocol
 from torch import Tensor
 from torch import device as Device
 
-from memnet_fast.backends import cpu, torch, triton
+from memnet_fast.backends import cpu, cuda, torch, triton
 from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import BackendUnavailable, InputError
 
-LADDER: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "torch": torch}
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+LADDER: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "torch": torch}
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp8")
 ALGORITHMS = ("winograd", "direct")
 
 
@@ -36,6 +39,13 @@ class Packed(Protocol):
 
     def run(self, image: Tensor, out: Tensor, workspace: Tensor) -> None:
         """image [N, C_in, H, W] -> out [N, C_out, H, W], both contiguous float32; workspace: uint8, 64-byte aligned."""
+
+
+class Live(Protocol):
+    """A network whose weights are packed in each call, from the parameters that the call brings."""
+
+    def bind(self, state: Sequence[Tensor]) -> Packed:
+        """state: the tensors named by `names`, in that order, as they are now; nothing is copied or read yet."""
 
 
 @dataclass(frozen=True)

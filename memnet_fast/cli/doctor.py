@@ -34,6 +34,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
         ("cpu", "", f"{cpu['model']}, {cpu['logical_cores']} logical cores, {cpu['backend_threads']} threads used"),
         _row("native module", native, ", ".join(native["isas"])),
         _row("cuda", report["cuda"], ", ".join(report["cuda"]["devices"])),
+        _row("cuda module", report["native_cuda"], _cuda_module(report["native_cuda"])),
         _row("triton", report["triton"], str(report["triton"]["version"])),
         _row("nvcc", report["nvcc"], str(report["nvcc"]["version"])),
     ]
@@ -48,6 +49,10 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     else:
         rows.append(("restoring", "no", restore["reason"]))
     return [tuple(shown(cell) for cell in row) for row in rows]
+
+
+def _cuda_module(part: dict[str, Any]) -> str:
+    return f"built by {part['compiler']} for {', '.join(part['archs'])}; the driver supports CUDA {part['driver']}"
 
 
 def _row(name: str, part: dict[str, Any], detail: str) -> tuple[str, ...]:

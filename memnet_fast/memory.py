@@ -1,0 +1,32 @@
+"""Memory on the device, and one error where it is short."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from memnet_fast.errors import DeviceOOM
+
+
+@contextmanager
+def short_memory(what: str, device: torch.device) -> Iterator[None]:
+    """Raises DeviceOOM, with `what` was asked for, in place of the many errors that say that memory is short."""
+    try:
+        yield
+    except DeviceOOM:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise
+        raise DeviceOOM(f"{what} on {device}: {str(error).splitlines()[0]}") from error
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, what: str) -> Tensor:
+    """torch.empty that raises DeviceOOM where memory is short."""
+    size = math.prod(shape) * dtype.itemsize / 2**20
+    with short_memory(f"{size:.0f} MiB of {what}", device):
+        return torch.empty(shape, dtype=dtype, device=device)

@@ -1,0 +1,117 @@
+"""The written numerics of precision "fp8": e4m3 convolutions between fp16 slots, in backends/torch.py."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from skimage import data
+from support.networks import build
+from torch import Tensor
+
+import memnet_fast as mf
+from memnet_fast import degrade
+from memnet_fast.backends import torch as torch_backend
+from memnet_fast.config import MemNetConfig
+from memnet_fast.plan import ResidualBlock, lower
+
+
+def _e4m3_values() -> Tensor:
+    """Every finite non-negative e4m3 value, by definition: 4 bits of exponent with bias 7, 3 of mantissa."""
+    values = [m / 8 * 2.0**-6 for m in range(8)]
+    values += [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_rounding_to_e4m3() -> None:
+    values = _e4m3_values()
+    assert values.max() == torch_backend.E4M3_MAX
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.rand(4000, generator=generator) * 500, torch.rand(4000, generator=generator) * 0.05])
+    x = torch.cat([x, -x])
+    rounded = torch_backend.round_e4m3(x).double()
+    nearest = (x.double().abs()[:, None] - values).abs().amin(1)
+    assert torch.equal((rounded - x.double()).abs(), nearest)
+    special = torch_backend.round_e4m3(torch.tensor([1e9, -1e9, float("inf"), float("nan"), 17.0, 19.0]))
+    # 17 lies between 16 and 18, 19 between 18 and 20: ties go to the even mantissa.
+    assert special[:3].tolist() == [448, -448, 448] and special[3].isnan() and special[4:].tolist() == [16, 20]
+
+
+def test_block_equals_its_definition() -> None:
+    """Against float64 products of the dequantised operands; what remains is the rounding of sums."""
+    plan = lower(build(MemNetConfig(channels=24, num_memory_blocks=1, num_recursions=2), 3))
+    op = next(o for o in plan.ops if isinstance(o, ResidualBlock))
+    block = torch_backend.fp8_block(plan, op)
+    x = torch.randn((1, 24, 9, 7), generator=torch.Generator().manual_seed(1), dtype=torch.float64).half().double()
+
+    def column(t: Tensor) -> Tensor:
+        return t.double().view(1, -1, 1, 1)
+
+    w = plan.weights
+    act = torch.relu(x * column(w[op.scale]) + column(w[op.shift]))
+    mid = torch.relu(F.conv2d(act, w[op.weight_a], w[op.bias_a], padding=1))
+    exact = x + F.conv2d(mid, w[op.weight_b], w[op.bias_b], padding=1)
+    a = torch_backend.round_e4m3(torch.relu(x.float() * column(block.scale).float() + column(block.shift).float())).double()
+    m = torch.relu(F.conv2d(a, block.weight_a.double(), padding=1) * column(block.gain_a) + column(block.bias_a))
+    m = torch_backend.round_e4m3(m.float()).double()
+    y = x + F.conv2d(m, block.weight_b.double(), padding=1) * column(block.gain_b) + column(block.bias_b)
+    # e4m3 has an error of up to 1/16 on each of the four operands.
+    assert (y - exact).square().mean().sqrt() < 0.12 * (exact - x).square().mean().sqrt()
+    packed = torch_backend.pack(plan, torch.device("cpu"), "fp8")
+    assert torch.equal(packed.fp8_blocks[op].gain_a, block.gain_a)
+    slots = torch.zeros((plan.num_slots, 1, 9, 7, 24), dtype=torch.float16)
+    slots[op.src] = x.permute(0, 2, 3, 1).half()
+    single = torch_backend.TorchPacked(
+        type(plan)(plan.config, (op,), plan.weights, plan.num_slots), "fp8", packed.weights, packed.fp8_blocks
+    )
+    image = torch.zeros((1, 1, 9, 7))
+    single.run(image, image.clone(), slots.view(-1).view(torch.uint8))
+    got = slots[op.dst].permute(0, 3, 1, 2).double()
+    # One rounding to fp16, and a value of `mid` that falls to the other side of a boundary now and then.
+    assert (got - y).square().mean().sqrt() < 2e-3 * y.square().mean().sqrt()
+
+
+def test_weights_fill_the_format_and_keep_their_sums() -> None:
+    plan = lower(mf.create_model("memnet_m6r6.denoise"))
+    for op in plan.ops:
+        if isinstance(op, ResidualBlock):
+            block = torch_backend.fp8_block(plan, op)
+            for rounded, name in ((block.weight_a, op.weight_a), (block.weight_b, op.weight_b)):
+                weight = plan.weights[name]
+                scaled = weight * (448 / weight.abs().amax((1, 2, 3), keepdim=True))
+                assert torch.equal(torch_backend.round_e4m3(rounded), rounded)
+                # The first tap that is rounded is the largest, and nothing is larger than 448.
+                assert torch.equal(rounded.abs().amax((1, 2, 3)), torch.full((64,), 448.0))
+                kept = (rounded.double() - scaled).sum((2, 3)).square().mean()
+                plain = (torch_backend.round_e4m3(scaled.float()).double() - scaled).sum((2, 3)).square().mean()
+                assert kept < 0.01 * plain
+
+
+def test_a_dead_channel_has_a_scale() -> None:
+    net = build(MemNetConfig(channels=8, num_memory_blocks=1, num_recursions=1), 4)
+    with torch.no_grad():
+        net.blocks[0].conv_b[0].weight[3] = 0
+        net.blocks[0].bn_a[0].weight.zero_()
+        net.blocks[0].bn_a[0].bias.fill_(-1)
+    y = mf.fuse(net, backend="torch", precision="fp8")(torch.rand((1, 1, 6, 5), generator=torch.Generator().manual_seed(0)))
+    assert bool(y.isfinite().all())
+
+
+@pytest.mark.parametrize("sigma", [15, 50])
+def test_quality_gate(sigma: int) -> None:
+    """At most 0.05 dB below float32 with the bundled weights, in the mean over photographs."""
+    net = mf.create_model("memnet_m6r6.denoise")
+    fp32 = mf.fuse(net, precision="fp32")
+    fp8 = mf.fuse(net, backend="torch", precision="fp8")
+    generator = torch.Generator().manual_seed(sigma)
+
+    def psnr(y: Tensor, clean: Tensor) -> float:
+        return -10 * float(torch.log10((y - clean).double().square().mean()))
+
+    losses = []
+    for photo in (data.camera(), data.astronaut()[..., 1], data.chelsea()[..., 1], data.coins(), data.moon()):
+        clean = torch.from_numpy(photo.copy())[None, None, 100:196, 100:180].float() / 255
+        noisy = degrade.gaussian(clean, float(sigma), generator)
+        restored = psnr(fp32(noisy), clean)
+        assert restored > psnr(noisy, clean) + 3
+        losses.append(restored - psnr(fp8(noisy), clean))
+    assert max(losses) > 0
+    assert sum(losses) / len(losses) <= 0.05, losses
