@@ -20,13 +20,14 @@ exceptions, met only where a host lowers that number: Pillow's WebP decoder and 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,7 +36,7 @@ import numpy as np
 from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from memnet_fast.errors import ImageCorrupt, ImageError, ImageTooLarge, ImageUnsupported, InputError, OutputError
-from memnet_fast.files import write_whole
+from memnet_fast.files import make_folder, write_whole
 
 MAX_PIXELS = 1_000_000_000
 EXTENSIONS = {
@@ -107,24 +108,31 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> So
 
     Raises ImageCorrupt, ImageUnsupported, ImageTooLarge (before decoding), ImageError (cannot be read at all).
     """
-    path = Path(path)
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise InputError(
-            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set in this program, so truncated files would pass for whole ones; unset it"
-        )
+    with open_image(path) as file:
+        return decode_image(path, file, max_pixels)
+
+
+@contextlib.contextmanager
+def open_image(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """An ordinary file, open for reading. Raises ImageError, also for what goes wrong while it is read."""
     try:
         # Non-blocking, so that a FIFO without a writer does not hang.
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ImageError(f"{path} is not a file")
-            return _decode(path, file, max_pixels)
+            yield file
     except MemoryError as error:
         raise ImageTooLarge(f"{path} does not fit into memory") from error
     except OSError as error:
         raise ImageError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _decode(path: Path, file: BinaryIO, max_pixels: int) -> Source:
+def decode_image(path: object, file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Source:
+    """As read_image, from the start of an open file; path: its name in messages."""
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise InputError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set in this program, so truncated files would pass for whole ones; unset it"
+        )
     head = file.read(64)
     kind = _format_of(head)
     if kind is None:
@@ -181,7 +189,7 @@ def _webp_size(head: bytes) -> tuple[int, int]:
     return 1, 1
 
 
-def _check_size(path: Path, size: tuple[int, int], max_pixels: int) -> None:
+def _check_size(path: object, size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if width < 1 or height < 1:
         raise ImageCorrupt(f"{path} has no pixels: {width} x {height}")
@@ -311,8 +319,5 @@ def write_image(
 ) -> None:
     """Writes a file whole or not at all; makes its folder. Raises OutputError and ImageUnsupported."""
     data = encode(image, format, encoding, metadata)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {path.parent}: {error.strerror or error}") from error
+    make_folder(path.parent)
     write_whole(path, data)
