@@ -13,7 +13,7 @@ from memnet_fast.errors import OutputError
 _PREFIX, _SUFFIX = ".memnet-", ".part"
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes | bytearray | memoryview) -> None:
     """Temporary file in the same folder, write, fsync, rename, fsync the folder. An older file stays intact until the rename.
 
     Raises OutputError; the temporary file is removed. Where the process is killed before that, `sweep` finds it.

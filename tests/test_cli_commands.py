@@ -44,7 +44,7 @@ def bundled(tmp_path, monkeypatch):
     return save
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["denoise", "--help"], ["doctor", "--help"], ["denoise"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["denoise", "--help"], ["sr", "--help"], ["doctor", "--help"], ["denoise"]])
 def test_help_and_version_do_not_wait_for_torch(arguments):
     code = (
         "import sys\nfrom memnet_fast.cli import main\n"
@@ -56,7 +56,7 @@ def test_help_and_version_do_not_wait_for_torch(arguments):
 
 def test_help_names_every_command_and_version_the_version(run):
     code, out, _ = run("--help")
-    assert code == 0 and all(f"  {name} " in out for name in ("denoise", "models", "doctor", "demo"))
+    assert code == 0 and all(f"  {name} " in out for name in ("denoise", "deblock", "sr", "models", "doctor", "demo"))
     assert run("--version") == (0, f"memnet, version {memnet_fast.__version__}\n", "")
     assert run("denoise", "--version")[1] == f"memnet, version {memnet_fast.__version__}\n"
 

@@ -18,10 +18,10 @@ import click
 from memnet_fast import __version__
 from memnet_fast.cli.convert import convert
 from memnet_fast.cli.demo import demo
-from memnet_fast.cli.denoise import denoise
 from memnet_fast.cli.doctor import doctor
 from memnet_fast.cli.messages import State, say_error
 from memnet_fast.cli.models import models
+from memnet_fast.cli.restore import deblock, denoise, sr
 from memnet_fast.errors import MemNetError
 
 _INTERRUPTED = 130
@@ -35,7 +35,7 @@ def memnet() -> None:
     """Restores images with MemNet, fused."""
 
 
-for _command in (denoise, convert, models, doctor, demo):
+for _command in (denoise, deblock, sr, convert, models, doctor, demo):
     memnet.add_command(_command)
 
 

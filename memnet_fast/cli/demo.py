@@ -34,7 +34,7 @@ def demo(ctx: click.Context, output: str, photo: str, sigma: float, model: str |
     from memnet_fast.degrade import gaussian
     from memnet_fast.metrics import psnr, scikit_image
     from memnet_fast.restore import Restorer
-    from memnet_fast.restore.images import from_array, write_image
+    from memnet_fast.restore.images import write_image
     from memnet_fast.restore.strip import comparison_strip
 
     data = scikit_image("data")
@@ -50,7 +50,7 @@ def demo(ctx: click.Context, output: str, photo: str, sigma: float, model: str |
     channels, height, width = clean.shape
     folder = Path(output)
     views = {
-        name: from_array((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+        name: (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
         for name, image in (("noisy", noisy), ("restored", restored), ("original", clean))
     }
     before, after = psnr(noisy, clean), psnr(restored, clean)

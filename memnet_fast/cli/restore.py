@@ -1,10 +1,9 @@
-"""`memnet denoise`."""
+"""`memnet denoise`, `memnet deblock` and `memnet sr`."""
 
 from __future__ import annotations
 
 import json
 import logging
-import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,100 +12,21 @@ import click
 
 from memnet_fast import __version__
 from memnet_fast.cli.messages import State, say, say_error, shown
+from memnet_fast.cli.options import RestoreCommand, restoring
 from memnet_fast.cli.progress import Reporter, reporter
 
 if TYPE_CHECKING:
     from memnet_fast.restore import Restorer
-    from memnet_fast.restore.job import FileResult, Job
+    from memnet_fast.restore.job import Job
+    from memnet_fast.restore.report import FileResult, JobReport
 
 _DONE, _SOME_FAILED, _NOTHING = 0, 3, 4
-_INPUT_FLAGS = ("-i", "--input")
+_LOCAL_ONLY = ("gpu", "threads", "isolate", "compare")
+_RAY_ONLY = ("address", "workers")
 
 
-class _Command(click.Command):
-    """-i takes all values up to the next option."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, spread_inputs(args))
-
-
-def spread_inputs(args: list[str]) -> list[str]:
-    """`-i a b c` -> `-i a -i b -i c`. The first value may start with a dash, as for every option."""
-    result: list[str] = []
-    rest = list(args)
-    while rest:
-        word = rest.pop(0)
-        if word == "--":
-            return [*result, word, *rest]
-        result.append(word)
-        if word in _INPUT_FLAGS and rest:
-            result.append(rest.pop(0))
-        elif not word.startswith("--input="):
-            continue
-        while rest and not (rest[0].startswith("-") and len(rest[0]) > 1):
-            result += ["-i", rest.pop(0)]
-    return result
-
-
-class _WordOrNumber(click.ParamType):
-    """A whole number of at least `least`, or the word."""
-
-    def __init__(self, word: str, least: int) -> None:
-        self.word, self.least = word, least
-        self.name = f"{word}|N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value == self.word or isinstance(value, int):
-            return value
-        if str(value).isdecimal() and int(value) >= self.least:
-            return int(value)
-        self.fail(f"expected {self.word} or a whole number of at least {self.least}, got {value!r}", param, ctx)
-
-
-@click.command(cls=_Command)
-@click.option("-i", "--input", "inputs", multiple=True, required=True, metavar="PATH...", help="Files, folders or globs.")
-@click.option("-o", "--output", required=True, metavar="PATH", help="A file for one input file, else a folder.")
-@click.option("-r", "--recursive", is_flag=True, help="Folders with their subfolders; the tree is mirrored.")
-@click.option("-n", "--model", metavar="NAME|FILE", help="A bundled model (memnet models) or a weight file.")
-@click.option("-p", "--precision", default="auto", metavar="NAME", help="auto, fp32; with triton or torch tf32, bf16, fp16.")
-@click.option("--backend", default="auto", metavar="NAME", help="auto, or one that memnet doctor lists.")
-@click.option("--algorithm", default="auto", metavar="NAME", help="auto, winograd (fast), direct (tiles are bit-equal).")
-@click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N.")
-@click.option(
-    "-t",
-    "--tile",
-    type=_WordOrNumber("auto", 0),
-    default="auto",
-    metavar="auto|N",
-    help="Side of windows in pixels; 0: whole image.",
-)
-@click.option(
-    "--overlap",
-    type=_WordOrNumber("exact", 0),
-    default="exact",
-    metavar="exact|N",
-    help="exact: no trace of tiles; 16: approximation.",
-)
-@click.option(
-    "-b", "--batch", type=_WordOrNumber("auto", 1), default="auto", metavar="auto|N", help="Windows computed at once."
-)
-@click.option("-x", "--tta", is_flag=True, help="Average over 8 flips and rotations; 8 times slower.")
-@click.option("--color", type=click.Choice(["y", "rgb", "gray"]), default="y", help="Luma only, each channel, or to gray.")
-@click.option("--existing", type=click.Choice(["error", "overwrite"]), default="error", help="Outputs that exist already.")
-@click.option("--on-error", type=click.Choice(["continue", "stop"]), default="continue", help="After a file that failed.")
-@click.option(
-    "-f", "--format", "format_", type=click.Choice(["same", "png", "jpg", "webp", "tiff"]), default="same", help="Of outputs."
-)
-@click.option("-Q", "--quality", type=click.IntRange(1, 100), default=95, help="Of JPEG and WebP.")
-@click.option("--png-level", type=click.IntRange(0, 9), default=6, help="PNG compression.")
-@click.option("--max-pixels", type=click.IntRange(1), default=1_000_000_000, help="Larger images are refused unread.")
-@click.option("--compare", metavar="FILE", help="Also write input and result side by side; one input only.")
-@click.option("--progress", type=click.Choice(["auto", "bar", "json", "none"]), default="auto", help="On stderr.")
-@click.option("--log", metavar="FILE", help="Write options, results and times as JSON.")
-@click.option("--dry-run", is_flag=True, help="Print what would be written where, and stop.")
-@click.option("-v", "--verbose", is_flag=True, help="Say more; show tracebacks.")
-@click.option("-q", "--quiet", is_flag=True, help="Say errors only.")
-@click.version_option(__version__, prog_name="memnet")
+@click.command(cls=RestoreCommand, short_help="Removes Gaussian noise of unknown strength.")
+@restoring
 @click.pass_context
 def denoise(ctx: click.Context, **options: Any) -> int:
     """Removes Gaussian noise of unknown strength.
@@ -115,25 +35,65 @@ def denoise(ctx: click.Context, **options: Any) -> int:
     memnet denoise -i noisy.png -o clean.png
     memnet denoise -i photos -r -o restored
     """
+    return _run(ctx, "denoise", options)
+
+
+@click.command(cls=RestoreCommand, short_help="Removes the blocks and ringing of JPEG.")
+@restoring
+@click.pass_context
+def deblock(ctx: click.Context, **options: Any) -> int:
+    """Removes the blocks and ringing of JPEG, whatever its quality (-v shows an estimate of it).
+
+    \b
+    memnet deblock -i photo.jpg -o photo.png
+    memnet deblock -i 'a/**/*.jpg' -o out -f png
+    """
+    return _run(ctx, "deblock", options)
+
+
+@click.command(cls=RestoreCommand, short_help="Enlarges 2, 3 or 4 times.")
+@click.option("-s", "--scale", type=click.Choice([2, 3, 4]), default=4, help="How many times larger.")
+@restoring
+@click.pass_context
+def sr(ctx: click.Context, **options: Any) -> int:
+    """Enlarges images 2, 3 or 4 times (super-resolution).
+
+    \b
+    memnet sr -i photo.png -o big.png -s 4
+    """
+    return _run(ctx, "sr", options)
+
+
+def _run(ctx: click.Context, task: str, options: dict[str, Any]) -> int:
+    ctx.ensure_object(State).verbose = options["verbose"]
+    _check(ctx, options)
     from memnet_fast.restore.job import plan_job
 
-    ctx.ensure_object(State).verbose = options["verbose"]
-    if options["verbose"] and options["quiet"]:
-        raise click.UsageError("-v and -q contradict each other")
     _set_up_log(options["verbose"])
-    names = ("recursive", "existing", "compare", "log")
-    job = plan_job(options["inputs"], options["output"], format=options["format_"], **{name: options[name] for name in names})
+    names = ("recursive", "format", "existing", "compare", "log")
+    job = plan_job(options["input"], options["output"], **{name: options[name] for name in names})
     if options["verbose"]:
         for path, reason in job.ignored:
             say(f"ignored {path}: {reason}")
     if not job.items:
-        say_error(f"nothing to restore: no image in {', '.join(options['inputs'])}{_ignored(job)}")
+        say_error(f"nothing to restore: no image in {', '.join(options['input'])}{_ignored(job)}")
         return _NOTHING
     if options["dry_run"]:
-        for item in job.items:
-            click.echo(f"{shown(item.source)} -> {shown(item.target)}")
-        return _DONE
-    return _restore(job, options)
+        return _dry_run(job, task, options)
+    return _restore(job, task, options)
+
+
+def _check(ctx: click.Context, options: dict[str, Any]) -> None:
+    """Options that exclude each other."""
+    if options["verbose"] and options["quiet"]:
+        raise click.UsageError("-v and -q contradict each other")
+    if options["gpu"] is not None and options["device"] != "auto":
+        raise click.UsageError("-g and --device are two ways to say the same; give one")
+    wrong = _LOCAL_ONLY if options["engine"] == "ray" else _RAY_ONLY
+    given = [name for name in wrong if options[name]]
+    if given:
+        engine = "local" if options["engine"] == "ray" else "ray"
+        raise click.UsageError(f"--{given[0]} is for --engine {engine}")
 
 
 def _set_up_log(verbose: bool) -> None:
@@ -147,118 +107,198 @@ def _ignored(job: Job) -> str:
     return f"; {len(job.ignored)} ignored" if job.ignored else ""
 
 
-def _restore(job: Job, options: dict[str, Any]) -> int:
-    from memnet_fast.restore import Restorer
-    from memnet_fast.restore.images import Encoding
-    from memnet_fast.restore.job import run_job
-
+def restorer_options(task: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of Restorer."""
     names = ("model", "backend", "precision", "device", "algorithm", "tile", "overlap", "batch", "tta", "color")
-    restorer = Restorer("denoise", **{name: options[name] for name in names})
+    scale = {"scale": options["scale"]} if task == "sr" else {}
+    return {"task": task, **scale, **{name: options[name] for name in names}}
+
+
+def _restorers(task: str, options: dict[str, Any]) -> list[Restorer]:
+    from memnet_fast.restore import Restorer
+
+    arguments = restorer_options(task, options)
+    devices = options["gpu"] or (arguments["device"],)
+    return [Restorer(**{**arguments, "device": device}) for device in devices]
+
+
+def _dry_run(job: Job, task: str, options: dict[str, Any]) -> int:
+    """What would be done with each file; with "skip", after a look at what is there."""
+    check = None
+    if options["existing"] == "skip" and job.folder is not None:
+        from memnet_fast.restore.images import Encoding
+        from memnet_fast.restore.journal import Journal, key_of
+        from memnet_fast.restore.pipeline import settings_of
+
+        settings = settings_of(_restorers(task, options)[0], Encoding(options["quality"], options["png_level"]))
+        check = Journal(job.folder, key_of(settings))
+    for item in job.items:
+        note = "" if check is None else f"  ({check.verdict(item.source, item.target)})"
+        click.echo(f"{shown(item.source)} -> {shown(item.target)}{shown(note)}")
+    return _DONE
+
+
+def _restore(job: Job, task: str, options: dict[str, Any]) -> int:
+    from memnet_fast.restore.report import JobReport
+
+    report = JobReport()
     quiet = options["quiet"]
-    results: list[FileResult] = []
     kind = "none" if quiet and options["progress"] == "auto" else options["progress"]
-    start, state, code = time.perf_counter(), "not finished", _DONE
+    state = "not finished"
     try:
         with reporter(kind) as told:
-
-            def finished(result: FileResult) -> None:
-                results.append(result)
-                _tell(result, told, options["verbose"])
-
-            run_job(
-                job,
-                restorer,
-                encoding=Encoding(options["quality"], options["png_level"]),
-                max_pixels=options["max_pixels"],
-                stop_on_error=options["on_error"] == "stop",
-                progress=lambda i, done, total: told.windows(str(job.items[i].source), i, len(job.items), done, total),
-                on_result=finished,
-            )
-            seconds = time.perf_counter() - start
-            failed = [r for r in results if r.error is not None]
-            code = _SOME_FAILED if failed else _DONE
-            state = "done" if len(results) == len(job.items) else "stopped"
-            left = len(job.items) - len(results)
-            told.event("end", restored=len(results) - len(failed), failed=len(failed), left=left, seconds=round(seconds, 3))
+            _run_engine(job, task, options, report, told)
+            failed, left = report.count("failed"), len(job.items) - len(report.results)
+            state = "stopped" if left else "done"
+            counts = {status: report.count(status) for status in ("restored", "skipped", "failed")}
+            told.event("end", **counts, left=left, seconds=round(report.seconds, 3), stages=_stages(report))
     finally:
         if options["log"] is not None:
-            _write_log(Path(options["log"]), job, results, restorer, options, state, time.perf_counter() - start)
+            _write_log(Path(options["log"]), job, report, options, task, state)
     if not quiet:
-        say(_summary(job, results, restorer, seconds))
-    return code
+        say(_summary(job, report))
+        if len(job.items) > 1:
+            say(_limits(report))
+    return _SOME_FAILED if failed else _DONE
+
+
+def _run_engine(job: Job, task: str, options: dict[str, Any], report: JobReport, told: Reporter) -> None:
+    from memnet_fast.restore.images import Encoding
+    from memnet_fast.restore.isolation import Reading
+
+    def finished(result: FileResult) -> None:
+        _tell(result, told, options["verbose"])
+
+    def progress(index: int, done: int, total: int, fraction: float) -> None:
+        told.windows(str(job.items[index].source), index, len(job.items), done, total, fraction)
+
+    common: dict[str, Any] = {
+        "encoding": Encoding(options["quality"], options["png_level"]),
+        "reading": Reading(options["max_pixels"], options["pages"]),
+        "stop_on_error": options["on_error"] == "stop",
+        "on_result": finished,
+        "progress": progress,
+        "report": report,
+    }
+    if options["engine"] == "ray":
+        from memnet_fast.restore.distributed import run_on_ray
+
+        run_on_ray(job, restorer_options(task, options), address=options["address"], workers=options["workers"], **common)
+        return
+    from memnet_fast.restore.pipeline import run_job
+    from memnet_fast.restore.report import Threads
+
+    threads = None if options["threads"] is None else Threads.parse(options["threads"])
+    run_job(job, _restorers(task, options), threads=threads, isolate=options["isolate"], **common)
 
 
 def _tell(result: FileResult, told: Reporter, verbose: bool) -> None:
-    from memnet_fast.restore.job import describe
+    from memnet_fast.restore.report import describe
 
     source, target = str(result.item.source), str(result.item.target)
+    seconds = round(sum(result.seconds.values()), 3)
     if result.error is None:
-        told.event("file", input=source, output=target, status="restored", seconds=round(result.seconds, 3))
-        if verbose and result.size is not None and result.tiled is not None:
-            (w, h), tiled = result.size, result.tiled
-            tile = f"{tiled.windows} windows of {tiled.tile[1]} x {tiled.tile[0]}" if tiled.windows > 1 else "in one piece"
-            say(f"{source} -> {target}: {w} x {h}, {tile}, {result.seconds:.2f} s")
+        told.event("file", input=source, output=target, status=result.status, seconds=seconds)
+        if verbose and result.status == "skipped":
+            say(f"{source} -> {target}: skipped, it is there already")
+        elif verbose and result.size is not None:
+            say(f"{source} -> {target}: {_how(result)}, {seconds:.2f} s")
         return
     message = describe(result.error)
-    told.event("file", input=source, output=target, status="failed", error=message, seconds=round(result.seconds, 3))
+    told.event("file", input=source, output=target, status="failed", error=message, seconds=seconds)
     say_error(message if source in message else f"{source}: {message}")
     if verbose:
         traceback.print_exception(result.error)
 
 
-def _summary(job: Job, results: list[FileResult], restorer: Restorer, seconds: float) -> str:
-    good = [r for r in results if r.size is not None]
-    pixels = sum(r.size[0] * r.size[1] for r in good if r.size is not None)
-    failed, left = len(results) - len(good), len(job.items) - len(results)
-    text = f"{len(good)} restored, {failed} failed{_ignored(job)}"
+def _how(result: FileResult) -> str:
+    parts = ["{} x {}".format(*(result.size or (0, 0)))]
+    if result.frames > 1:
+        parts.append(f"{result.frames} frames")
+    if result.jpeg_quality is not None:
+        parts.append(f"JPEG of quality {result.jpeg_quality}")
+    tiled = result.tiled
+    if tiled is not None:
+        several = tiled.windows > 1
+        parts.append(f"{tiled.windows} windows of {tiled.tile[1]} x {tiled.tile[0]}" if several else "in one piece")
+    return ", ".join(parts)
+
+
+def _summary(job: Job, report: JobReport) -> str:
+    left = len(job.items) - len(report.results)
+    text = f"{report.count('restored')} restored, {report.count('failed')} failed"
+    if skipped := report.count("skipped"):
+        text += f", {skipped} skipped"
     if left:
         text += f", {left} not tried"
-    how = f"{restorer.backend}, {restorer.precision}, {restorer.algorithm}"
-    return f"{text}; {seconds:.2f} s, {pixels / seconds / 1e6:.2f} megapixels/s ({how})"
+    pixels = sum(r.size[0] * r.size[1] * r.frames for r in report.results if r.size is not None)
+    speed = pixels / report.seconds / 1e6 if report.seconds > 0 else 0.0
+    how = ", ".join(str(report.settings[name]) for name in ("backend", "precision", "algorithm"))
+    return f"{text}{_ignored(job)}; {report.seconds:.2f} s, {speed:.3g} megapixels/s ({how})"
 
 
-def _write_log(
-    path: Path,
-    job: Job,
-    results: list[FileResult],
-    restorer: Restorer,
-    options: dict[str, Any],
-    state: str,
-    seconds: float,
-) -> None:
-    from memnet_fast.files import write_whole
+def _limits(report: JobReport) -> str:
+    parts = []
+    for name, stage in report.stages.items():
+        rate = stage.rate()
+        speed = "nothing to do" if not rate else f"{rate:.3g} megapixels/s"
+        parts.append(f"{name} {speed} ({stage.busy(report.seconds):.0%} busy)")
+    limit = report.limit()
+    return "; ".join(parts) + ("" if limit is None else f"; limited by {limit}")
 
+
+def _stages(report: JobReport) -> dict[str, Any]:
+    return {
+        name: {
+            "threads": stage.threads,
+            "images": stage.images,
+            "megapixels": round(stage.pixels / 1e6, 6),
+            "seconds": round(stage.seconds, 3),
+            "busy": round(stage.busy(report.seconds), 4),
+        }
+        for name, stage in report.stages.items()
+    }
+
+
+def _write_log(path: Path, job: Job, report: JobReport, options: dict[str, Any], task: str, state: str) -> None:
+    from memnet_fast.files import make_folder, write_whole
+
+    results = sorted(report.results, key=lambda r: r.index)
+    tried = {result.index for result in results}
     files = [_record(result) for result in results]
     files += [
-        {"input": shown(item.source), "output": shown(item.target), "status": "not tried"} for item in job.items[len(results) :]
+        {"input": shown(item.source), "output": shown(item.target), "status": "not tried"}
+        for index, item in enumerate(job.items)
+        if index not in tried
     ]
-    names = {"format_": "format", "inputs": "input"}
     log = {
         "memnet_fast": __version__,
         "state": state,
-        "options": {names.get(k, k): v for k, v in options.items()},
-        "model": restorer.model_name,
-        "backend": restorer.backend,
-        "precision": restorer.precision,
-        "algorithm": restorer.algorithm,
-        "device": str(restorer.device),
-        "seconds": round(seconds, 3),
-        "restored": sum(r.error is None for r in results),
-        "failed": sum(r.error is not None for r in results),
+        "task": task,
+        "options": options,
+        "settings": report.settings,
+        "seconds": round(report.seconds, 3),
+        **{status: report.count(status) for status in ("restored", "skipped", "failed")},
+        "stages": _stages(report),
+        "limited_by": report.limit(),
         "ignored": [{"path": shown(path), "reason": reason} for path, reason in job.ignored],
         "files": files,
     }
+    make_folder(path.parent)
     write_whole(path, (json.dumps(log, indent=2) + "\n").encode())
 
 
 def _record(result: FileResult) -> dict[str, Any]:
-    from memnet_fast.restore.job import describe
+    from memnet_fast.restore.report import describe
 
-    record: dict[str, Any] = {"input": shown(result.item.source), "output": shown(result.item.target)}
-    record["seconds"] = round(result.seconds, 3)
+    record: dict[str, Any] = {"input": shown(result.item.source), "output": shown(result.item.target), "status": result.status}
+    record["seconds"] = {name: round(value, 4) for name, value in result.seconds.items()}
     if result.error is not None:
-        return {**record, "status": "failed", "error_type": type(result.error).__name__, "error": describe(result.error)}
-    record |= {"status": "restored", "size": result.size, "mode": result.mode}
+        return {**record, "error_type": type(result.error).__name__, "error": describe(result.error)}
+    if result.size is not None:
+        record |= {"size": result.size, "channels": result.channels, "dtype": result.dtype, "frames": result.frames}
+    if result.jpeg_quality is not None:
+        record["jpeg_quality"] = result.jpeg_quality
     if result.tiled is not None:
         record |= {"tile": result.tiled.tile[::-1], "windows": result.tiled.windows, "batch": result.tiled.batch}
     return record
