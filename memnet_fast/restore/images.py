@@ -72,7 +72,9 @@ _OPEN: dict[str, Callable[[BinaryIO], Any]] = {
     "BMP": BmpImagePlugin.BmpImageFile,
 }
 # What a file may be instead: its first bytes, where they stand, and its name in the message that refuses it.
+_JPEG_LS = b"\xff\xd8\xff\xf7"
 _OTHERS = (
+    (_JPEG_LS, 0, "JPEG-LS"),
     (b"GIF8", 0, "GIF"),
     (b"8BPS", 0, "PSD"),
     (b"%PDF", 0, "PDF"),
@@ -159,9 +161,9 @@ def decode_image(
         image = _OPEN[kind](file)
         count = getattr(image, "n_frames", 1)
         _check_size(path, image.size, max_pixels, count)
-        _check_frames(path, count, pages)
         if kind == "JPEG":
             return _decode_jpeg(path, image, gray)
+        _check_frames(path, count, pages)
         if kind == "PNG" and _is_deep(image):
             return _decode_deep_png(path, file, image)
         _check_mode(path, image)
@@ -205,7 +207,7 @@ def _one_line(error: BaseException) -> str:
 def _format_of(head: bytes) -> str | None:
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG"
-    if head.startswith(b"\xff\xd8\xff"):
+    if head.startswith(b"\xff\xd8\xff") and not head.startswith(_JPEG_LS):
         return "JPEG"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"

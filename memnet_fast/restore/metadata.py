@@ -20,6 +20,7 @@ STORAGE_TAGS = frozenset(
 )
 ORIENTATION = 274
 _EXIF_IFD = 34665
+_EXIF_NAME = b"Exif\0\0"
 # Width and height: of the EXIF part, and of the main part, which few cameras fill.
 _SIZE_TAGS = {40962: 0, 40963: 1, 256: 0, 257: 1}
 _SHORT, _LONG = 3, 4
@@ -36,7 +37,7 @@ class Animation:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What travels from an input file to its output. lossless: a WebP stays lossless."""
+    """What travels from an input file to its output. exif: with its name in front, as in a JPEG. lossless: a WebP stays so."""
 
     exif: bytes | None = None
     icc: bytes | None = None
@@ -58,6 +59,8 @@ def metadata_of(image: Any) -> Metadata:
     """EXIF, ICC profile, XMP and resolution of a loaded PIL image."""
     is_tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
     exif = exif_bytes(image.getexif()) if is_tiff else image.info.get("exif") or None
+    if exif and not exif.startswith(_EXIF_NAME):
+        exif = _EXIF_NAME + exif  # WebP files have it without its name, and Pillow would write that into a JPEG
     return Metadata(exif, _bytes(image.info.get("icc_profile")), _dpi(image.info.get("dpi")), _bytes(image.info.get("xmp")))
 
 
@@ -101,26 +104,32 @@ def _with_size(exif: bytes, size: tuple[int, int]) -> bytes:
 
     In place: written anew, EXIF would lose its thumbnail, and the offsets in a camera's private notes would no longer hold.
     """
-    skip = 6 if exif.startswith(b"Exif\0\0") else 0
+    skip = 6 if exif.startswith(_EXIF_NAME) else 0
     body = bytearray(exif[skip:])
     if body[:2] not in (b"II", b"MM") or len(body) < 8:
         return exif
     order = "<" if body[:2] == b"II" else ">"
     (first,) = struct.unpack_from(order + "I", body, 4)
-    waiting = [first]
-    while waiting:
-        at = waiting.pop()
-        if at + 2 > len(body):
-            continue
-        (count,) = struct.unpack_from(order + "H", body, at)
-        for entry in range(at + 2, min(at + 2 + 12 * count, len(body) - 11), 12):
-            tag, kind, values = struct.unpack_from(order + "HHI", body, entry)
-            if tag == _EXIF_IFD and at == first and values == 1:
-                waiting.append(struct.unpack_from(order + "I", body, entry + 8)[0])
-            elif tag in _SIZE_TAGS and values == 1 and kind in (_SHORT, _LONG):
-                now = size[_SIZE_TAGS[tag]]
-                if kind == _SHORT and now < 1 << 16:
-                    struct.pack_into(order + "HH", body, entry + 8, now, 0)
-                else:
-                    struct.pack_into(order + "HHII", body, entry, tag, _LONG, 1, now)
+    second = _set_size(body, order, first, size)
+    if second is not None and second != first:
+        _set_size(body, order, second, size)
     return exif[:skip] + bytes(body)
+
+
+def _set_size(body: bytearray, order: str, at: int, size: tuple[int, int]) -> int | None:
+    """In the directory at this place; returns where its EXIF part lies."""
+    if at + 2 > len(body):
+        return None
+    part = None
+    (count,) = struct.unpack_from(order + "H", body, at)
+    for entry in range(at + 2, min(at + 2 + 12 * count, len(body) - 11), 12):
+        tag, kind, values = struct.unpack_from(order + "HHI", body, entry)
+        if tag == _EXIF_IFD and values == 1:
+            (part,) = struct.unpack_from(order + "I", body, entry + 8)
+        elif tag in _SIZE_TAGS and values == 1 and kind in (_SHORT, _LONG):
+            now = size[_SIZE_TAGS[tag]]
+            if kind == _SHORT and now < 1 << 16:
+                struct.pack_into(order + "HH", body, entry + 8, now, 0)
+            else:
+                struct.pack_into(order + "HHII", body, entry, tag, _LONG, 1, now)
+    return part

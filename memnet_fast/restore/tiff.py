@@ -25,7 +25,7 @@ from memnet_fast.restore.metadata import STORAGE_TAGS, Metadata
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _STRIP_OFFSETS, _SAMPLES, _ROWS_PER_STRIP, _STRIP_COUNTS = 273, 277, 278, 279
-_PLANAR, _PREDICTOR, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 284, 317, 338, 339
+_PLANAR, _PREDICTOR, _EXTRA_SAMPLES, _SAMPLE_FORMAT, _DEPTH = 284, 317, 338, 339, 32997
 _WHITE_IS_0, _BLACK_IS_0, _RGB = range(3)
 _PREMULTIPLIED, _STRAIGHT = 1, 2
 _UNSIGNED, _FLOAT = 1, 3
@@ -34,6 +34,7 @@ _DEFLATE, _DIFFERENCES = 8, 2
 _LOSSLESS = (1, 5, 8, 32946, 32773, 34925, 50000)
 _STRIP_BYTES = 1 << 20
 _LEVEL = 6  # of deflate
+_MOST_BYTES = (1 << 32) - (1 << 24)  # offsets have 32 bits; the rest is for directories
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ class Page:
             return f"{self.bits} bits for each channel; 8, 16 and floats are restored"
         if any(e not in (_PREMULTIPLIED, _STRAIGHT, 999) for e in self.extra) or len(self.extra) > 1:  # 999: Corel's alpha
             return "channels beyond colour that are no alpha"
+        if self._value(_DEPTH, 1) != 1:
+            return "a volume instead of an image"
         if self.by_pillow:
             return None
         colour = {_WHITE_IS_0: 1, _BLACK_IS_0: 1, _RGB: 3}.get(self.photometric)
@@ -181,6 +184,8 @@ def encode(frames: Sequence[np.ndarray], metadata: Metadata) -> memoryview:
     file = bytearray()
     for i, pixels in enumerate(frames):
         strips, rows = _strips(pixels)
+        if len(file) + sum(map(len, strips)) > _MOST_BYTES:
+            raise OutputError("the result is larger than the 4 GiB that a TIFF can hold; write PNG instead")
         tags = _tags(pixels, metadata if i == 0 else Metadata())
         tags[_ROWS_PER_STRIP] = rows
         tags.tagtype[_STRIP_OFFSETS] = tags.tagtype[_STRIP_COUNTS] = TiffTags.LONG
@@ -190,8 +195,6 @@ def encode(frames: Sequence[np.ndarray], metadata: Metadata) -> memoryview:
             file += struct.pack("<2sHI", b"II", 42, 8)
         start = len(file)
         directory = tags.tobytes(start)
-        if start + len(directory) + sum(map(len, strips)) >= 1 << 32:
-            raise OutputError("the result is larger than the 4 GiB that a TIFF can hold; write PNG instead")
         file += directory
         for strip in strips:
             file += strip
