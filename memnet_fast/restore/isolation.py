@@ -55,7 +55,7 @@ class _Child:
         # Not forked: a child of a process with threads may hang on a lock that one of them held.
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True, name="memnet-decode")
+        self._process = context.Process(target=serve, args=(theirs,), daemon=True, name="memnet-decode")
         self._process.start()
         theirs.close()
 
@@ -89,7 +89,7 @@ def _how_it_ended(code: int | None) -> str:
     return f"ended with code {code}"
 
 
-def _serve(pipe: Connection) -> None:
+def serve(pipe: Connection) -> None:
     """Decodes until the other end is closed, also by the death of its process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the whole group; the parent decides
     with contextlib.suppress(EOFError, OSError):
