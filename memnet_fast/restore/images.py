@@ -20,8 +20,7 @@ more. Bit errors that leave a JPEG decodable cannot be noticed.
 
 The limit on pixels, of all frames together, is checked on the headers, before anything is decoded. Pillow's own
 `Image.MAX_IMAGE_PIXELS` is neither read nor changed: the decoders are called directly, below the function that would look at
-it. (Two exceptions, met only where a host lowers that number: Pillow's WebP decoder and the tiles of a TIFF look at it
-themselves.)
+it. (One exception: Pillow's WebP decoder refuses more than twice that number itself, 179 megapixels unless a host changes it.)
 """  # noqa: E501 (a table)
 
 from __future__ import annotations
@@ -64,17 +63,28 @@ __all__ = [
 MAX_PIXELS = 1_000_000_000
 PAGES = ("single", "all")
 _LARGEST_FLOAT = 8.0
+
+
+class _Tiff(TiffImagePlugin.TiffImageFile):
+    """Without Pillow's own limit, which is not the one that a caller sets here."""
+
+    def load_prepare(self) -> None:
+        if self._im is None:
+            self.im = Image.core.new(self.mode, self._tile_size)
+        super().load_prepare()
+
+
 _OPEN: dict[str, Callable[[BinaryIO], Any]] = {
     "PNG": PngImagePlugin.PngImageFile,
     "JPEG": JpegImagePlugin.jpeg_factory,
     "WEBP": WebPImagePlugin.WebPImageFile,
-    "TIFF": TiffImagePlugin.TiffImageFile,
+    "TIFF": _Tiff,
     "BMP": BmpImagePlugin.BmpImageFile,
 }
 # What a file may be instead: its first bytes, where they stand, and its name in the message that refuses it.
-_JPEG_LS = b"\xff\xd8\xff\xf7"
 _OTHERS = (
-    (_JPEG_LS, 0, "JPEG-LS"),
+    (b"\xff\xd8\xff\xf7", 0, "JPEG-LS"),
+    (b"SPIFF\0", 6, "SPIFF"),  # a JPEG by its first bytes, which holds JPEG-LS
     (b"GIF8", 0, "GIF"),
     (b"8BPS", 0, "PSD"),
     (b"%PDF", 0, "PDF"),
@@ -168,6 +178,8 @@ def decode_image(
             return _decode_deep_png(path, file, image)
         _check_mode(path, image)
         frames, animation = _frames(path, image, count)
+        if kind == "PNG":
+            png.require_all_rows(file, frames[0], interlaced=bool(image.info.get("interlace")))
         lossless = kind == "WEBP" and _webp_is_lossless(file)
         return Source(frames, kind, replace(metadata_of(image), animation=animation, lossless=lossless))
 
@@ -207,7 +219,7 @@ def _one_line(error: BaseException) -> str:
 def _format_of(head: bytes) -> str | None:
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG"
-    if head.startswith(b"\xff\xd8\xff") and not head.startswith(_JPEG_LS):
+    if head.startswith(b"\xff\xd8\xff") and head[3:4] != b"\xf7" and head[6:12] != b"SPIFF\0":
         return "JPEG"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
@@ -417,13 +429,14 @@ def plain_mode(image: Image.Image, name: str = "image") -> Image.Image:
 
 def to_array(image: Image.Image) -> np.ndarray:
     """Pixels [H, W, C] of an image in a plain mode: uint8, or native uint16."""
-    first = np.asarray(image.crop((0, 0, 1, 1)))
-    out = np.empty((image.height, image.width, *first.shape[2:]), first.dtype.newbyteorder("="))
     # In bands: PIL hands pixels out through copies, of the whole image three at once.
-    step = max(1, _BAND_BYTES // max(1, out.nbytes // max(1, image.height)))
+    step = max(1, min(image.height, _BAND_BYTES // (4 * max(1, image.width))))
+    band = Image.new(image.mode, (image.width, step))
+    first = np.asarray(band)
+    out = np.empty((image.height, image.width, *first.shape[2:]), first.dtype.newbyteorder("="))
     for top in range(0, image.height, step):
-        bottom = min(top + step, image.height)
-        out[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
+        band.paste(image, (0, -top))  # not crop, which asks for Pillow's limit
+        out[top : top + step] = np.asarray(band)[: image.height - top]
     return out[..., None] if out.ndim == 2 else out
 
 

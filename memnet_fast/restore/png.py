@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 from types import ModuleType
+from typing import BinaryIO
 
 import numpy as np
 from PIL import PngImagePlugin
@@ -14,6 +15,7 @@ from memnet_fast.errors import MissingExtra
 from memnet_fast.restore.metadata import Metadata
 
 _HEADER = 8 + 25  # signature and the chunk IHDR
+_PIECE = 1 << 20
 XMP = "XML:com.adobe.xmp"
 
 
@@ -24,6 +26,51 @@ def imagecodecs() -> ModuleType:
     except ImportError as error:
         raise MissingExtra(f"PNG with 16-bit colour needs imagecodecs ({error}); pip install 'memnet-fast[io]'") from error
     return imagecodecs
+
+
+def require_all_rows(file: BinaryIO, pixels: np.ndarray, interlaced: bool) -> None:
+    """Raises ValueError if the pixels of a file end before its last row, which Pillow leaves black without a word.
+
+    pixels: [H, W, C], what Pillow made of it. Only where they could be such rows is the file inflated once more, and counted.
+    """
+    if not interlaced and pixels[-1].any():
+        return
+    file.seek(8)
+    needed = left = 0
+    inflater = zlib.decompressobj()
+    while True:
+        head = file.read(8)
+        if len(head) < 8:
+            break
+        size, name = struct.unpack(">I4s", head)
+        if name == b"IHDR":
+            needed = left = _bytes_of_rows(file.read(size))
+        elif name == b"IDAT":
+            data = file.read(size)
+            while data and left > 0:
+                left -= len(inflater.decompress(data, _PIECE))
+                data = inflater.unconsumed_tail
+        elif name == b"IEND" or left <= 0:
+            break
+        else:
+            file.seek(size, 1)
+        file.seek(4, 1)  # checksum
+    if left > 0:
+        raise ValueError(f"its pixels end {left} bytes before their {needed}")
+
+
+def _bytes_of_rows(header: bytes) -> int:
+    """Bytes of all scan lines with their filter types, from the body of IHDR."""
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    # Adam7: where each pass starts, and its steps.
+    steps = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+    total = 0
+    for top, left, down, right in steps if interlaced else ((0, 0, 1, 1),):
+        rows, columns = -(-(height - top) // down), -(-(width - left) // right)
+        if rows > 0 and columns > 0:
+            total += rows * (1 + (columns * bits + 7) // 8)
+    return total
 
 
 def decode(data: bytes) -> np.ndarray:
