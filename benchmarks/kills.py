@@ -36,7 +36,7 @@ _POLITE = (signal.SIGINT, signal.SIGTERM)
 
 
 def interrupt(folder: Path, count: int, files: int = 24, seed: int = 0) -> dict[str, Any]:
-    """Ends `count` runs in an empty folder. Returns counts; The first four must be 0."""
+    """Runs jobs in an empty folder until SIGKILL has ended `count` of them. Returns counts; the first four must be 0."""
     choose = random.Random(seed)
     _prepare(folder, files)
     start = time.perf_counter()
@@ -47,31 +47,37 @@ def interrupt(folder: Path, count: int, files: int = 24, seed: int = 0) -> dict[
         raise RuntimeError((folder / "messages.txt").read_text())
     told: Counter[str] = Counter(incomplete=0, wrong_reruns=0, wrong_codes=0, temporary_files_left=0)
     histogram: Counter[int] = Counter()
-    ended = 0
-    while ended < count:
+    problems: list[str] = []
+    while told["ended_by_SIGKILL"] < count:
         number = choose.choice(_POLITE) if choose.random() < 0.25 else signal.SIGKILL
         child = _start(folder, "out")
         time.sleep(choose.uniform(0, duration))
         os.kill(child, number)
         code = _finish(child)
         told["finished_before" if code == 0 else "ended_by_" + signal.Signals(number).name] += 1
-        told["wrong_codes"] += code not in (0, -number if number == signal.SIGKILL else 128 + number)
-        ended += 1
+        # Before the command has its handlers, every signal simply ends the process.
+        if code not in (0, -number, 128 + number):
+            told["wrong_codes"] += 1
+            problems.append(f"{signal.Signals(number).name} gave code {code}: {_messages(folder)}")
         found = _outputs(folder / "out")
         histogram[len(found)] += 1
-        told["incomplete"] += sum(expected.get(name) != data for name, data in found.items())
+        different = [name for name, data in found.items() if expected.get(name) != data]
+        told["incomplete"] += len(different)
+        problems += [f"{signal.Signals(number).name} left {name} of {len(found[name])} bytes" for name in different]
         left = len(list((folder / "out").glob(".memnet-*.part")))
         told["temporary_files_met"] += left
         told["temporary_files_left"] += left if number in _POLITE and left > told["temporary_before"] else 0
         told["temporary_before"] = left
         if choose.random() < 0.5 or len(found) == files:
             told["reruns"] += 1
-            told["wrong_reruns"] += _wrong(folder, expected, found)
+            if wrong := _wrong(folder, expected, found):
+                told["wrong_reruns"] += 1
+                problems.append(wrong)
             _remove(folder / "out")
             told["temporary_before"] = 0
     del told["temporary_before"]
     middle = sum(n for done, n in histogram.items() if 0 < done < files)
-    return {"ended": ended, **told, "ended_in_the_middle": middle, "seconds_of_a_run": round(duration, 3)}
+    return {**told, "ended_in_the_middle": middle, "seconds_of_a_run": round(duration, 3), "problems": problems}
 
 
 def _prepare(folder: Path, files: int) -> None:
@@ -112,15 +118,24 @@ def _outputs(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*") if path.suffix in _SUFFIXES}
 
 
-def _wrong(folder: Path, expected: dict[str, bytes], before: dict[str, bytes]) -> bool:
-    """Lets a run finish over what is there; whether it did not do exactly the rest."""
+def _wrong(folder: Path, expected: dict[str, bytes], before: dict[str, bytes]) -> str:
+    """Lets a run finish over what is there; what was wrong about it, or nothing."""
     code = _finish(_start(folder, "out", "--log", "log.json"))
+    if code:
+        return f"a rerun over {len(before)} files gave code {code}: {_messages(folder)}"
     log = json.loads((folder / "log.json").read_text())
-    counts = (log["restored"], log["skipped"], log["failed"])
-    right = (len(expected) - len(before), len(before), 0)
-    left = list((folder / "out").rglob("*.part"))
-    done = (folder / "out" / ".memnet" / "success.json").exists()
-    return code != 0 or counts != right or _outputs(folder / "out") != expected or bool(left) or not done
+    counts = (log["restored"], log["skipped"])
+    if counts != (len(expected) - len(before), len(before)):
+        return f"a rerun over {len(before)} files restored {counts[0]} and skipped {counts[1]}"
+    if _outputs(folder / "out") != expected:
+        return "a rerun left other files than an undisturbed run"
+    if left := list((folder / "out").rglob("*.part")):
+        return f"a rerun left {left}"
+    return "" if (folder / "out" / ".memnet" / "success.json").exists() else "a rerun left no mark of success"
+
+
+def _messages(folder: Path) -> str:
+    return (folder / "messages.txt").read_text(errors="replace")[-2000:]
 
 
 def _remove(folder: Path) -> None:

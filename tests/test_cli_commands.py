@@ -44,7 +44,9 @@ def bundled(tmp_path, monkeypatch):
     return save
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["denoise", "--help"], ["sr", "--help"], ["doctor", "--help"], ["denoise"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["denoise", "--help"], ["sr", "--help"], ["doctor", "--help"], ["denoise"]]
+)
 def test_help_and_version_do_not_wait_for_torch(arguments):
     code = (
         "import sys\nfrom memnet_fast.cli import main\n"
@@ -131,6 +133,13 @@ def test_demo_without_scikit_image_says_how_to_install_it(run, bundled, monkeypa
     monkeypatch.setitem(sys.modules, "skimage.data", None)
     code, _, err = run("demo", "-o", str(tmp_path / "o"))
     assert code == 2 and "pip install 'memnet-fast[demo]'" in err and not (tmp_path / "o").exists()
+
+
+def test_the_page_without_gradio_says_how_to_install_it(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    code, out, err = run("demo", "--ui")
+    assert (code, out) == (2, "") and "pip install 'memnet-fast[demo]'" in err and err.count("\n") == 1
+    assert run("demo", "--port", "8000")[0] == 2
 
 
 def test_doctor_as_text_and_json(run, bundled):

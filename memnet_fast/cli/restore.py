@@ -67,11 +67,8 @@ def sr(ctx: click.Context, **options: Any) -> int:
 def _run(ctx: click.Context, task: str, options: dict[str, Any]) -> int:
     ctx.ensure_object(State).verbose = options["verbose"]
     _check(ctx, options)
-    from memnet_fast.restore.job import plan_job
-
     _set_up_log(options["verbose"])
-    names = ("recursive", "format", "existing", "compare", "log")
-    job = plan_job(options["input"], options["output"], **{name: options[name] for name in names})
+    job = _plan(options)
     if options["verbose"]:
         for path, reason in job.ignored:
             say(f"ignored {path}: {reason}")
@@ -81,6 +78,18 @@ def _run(ctx: click.Context, task: str, options: dict[str, Any]) -> int:
     if options["dry_run"]:
         return _dry_run(job, task, options)
     return _restore(job, task, options)
+
+
+def _plan(options: dict[str, Any]) -> Job:
+    names = ["recursive", "format", "existing"]
+    if options["engine"] == "ray" and any("://" in path for path in (*options["input"], options["output"])):
+        from memnet_fast.restore.storage import plan_uris
+
+        return plan_uris(options["input"], options["output"], **{name: options[name] for name in names})
+    from memnet_fast.restore.job import plan_job
+
+    names += ["compare", "log"]
+    return plan_job(options["input"], options["output"], **{name: options[name] for name in names})
 
 
 def _check(ctx: click.Context, options: dict[str, Any]) -> None:
@@ -125,7 +134,7 @@ def _restorers(task: str, options: dict[str, Any]) -> list[Restorer]:
 def _dry_run(job: Job, task: str, options: dict[str, Any]) -> int:
     """What would be done with each file; with "skip", after a look at what is there."""
     check = None
-    if options["existing"] == "skip" and job.folder is not None:
+    if options["existing"] == "skip" and job.folder is not None and job.target_storage is None:
         from memnet_fast.restore.images import Encoding
         from memnet_fast.restore.journal import Journal, key_of
         from memnet_fast.restore.pipeline import settings_of

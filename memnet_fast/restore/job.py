@@ -7,9 +7,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from memnet_fast.errors import InputError
 from memnet_fast.restore.images import EXTENSIONS
+
+if TYPE_CHECKING:
+    from memnet_fast.restore.storage import Storage
 
 EXISTING = ("error", "skip", "overwrite")
 FORMATS = {"png": (".png", "PNG"), "jpg": (".jpg", "JPEG"), "webp": (".webp", "WEBP"), "tiff": (".tiff", "TIFF")}
@@ -29,6 +33,7 @@ class Job:
     """ignored: what stood in folders and globs and is not restored, and why.
 
     folder: the one that all outputs stand in, if a journal is to be kept there. alone: no other run may write into it.
+    source_storage, target_storage: where the paths are, if they are not those of this machine.
     """
 
     items: list[Item]
@@ -37,6 +42,8 @@ class Job:
     existing: str = "error"
     folder: Path | None = None
     alone: bool = True
+    source_storage: Storage | None = None
+    target_storage: Storage | None = None
 
 
 @dataclass
@@ -91,7 +98,7 @@ def plan_job(
     items = []
     for source, relative in found.files:
         if to_folder:
-            items.append(_named(source, Path(output) / relative, format))
+            items.append(named(source, Path(output) / relative, format))
         else:
             items.append(_named_exactly(source, Path(output), format))
     if compare is not None and len(items) > 1:
@@ -173,7 +180,8 @@ def _why_ignored(path: Path, root: Path) -> str | None:
     return None if path.is_file() else "not a file"
 
 
-def _named(source: Path, target: Path, format: str) -> Item:
+def named(source: Path, target: Path, format: str) -> Item:
+    """target: with the extension of the source, which a format other than "same" replaces."""
     if format == "same":
         return Item(source, target, EXTENSIONS.get(target.suffix.lower()))
     suffix, name = FORMATS[format]

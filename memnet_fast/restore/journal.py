@@ -23,7 +23,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from memnet_fast.errors import InputError, OutputError
 from memnet_fast.files import make_folder, write_whole
 
 FOLDER = ".memnet"
+# Key of the run, SHA-256 of the input, SHA-256 of the output.
+Line = tuple[str, str, str]
 _log = logging.getLogger("memnet_fast")
 
 
@@ -55,24 +57,14 @@ class Journal:
         self.folder, self.key = folder, key
         self._file = file
         self._lock = threading.Lock()
-        # output, as a path in the folder -> the lines about it: (key, digest of the input, digest of the output)
         self._lines = read_lines(folder)
 
     def may_skip(self, target: Path, source_digest: str) -> bool:
-        """Whether the output in place is what this run would write for an input of that digest.
-
-        Raises OutputError for a file that no run wrote, or that was changed since: it is not for this run to replace.
-        """
+        """As the function `may_skip`, for a file that may be there."""
         if not os.path.lexists(target):
             return False
-        present, lines = digest_of(target), self._lines.get(self._name(target), ())
-        if (self.key, source_digest, present) in lines:
-            return True
-        if present is None or not any(line[2] == present for line in lines):
-            raise OutputError(
-                f"{target} exists already, and no run recorded that it wrote this; --existing overwrite replaces it"
-            )
-        return False
+        lines = self._lines.get(self._name(target), set())
+        return may_skip(lines, self.key, source_digest, digest_of(target) or "unreadable", target)
 
     def verdict(self, source: Path, target: Path) -> str:
         """What a run with "skip" would do about a file, in words."""
@@ -156,19 +148,49 @@ def _lock_file(file: int, folder: Path, alone: bool) -> None:
         _log.warning("%s cannot be locked (%s): see to it yourself that only one run writes into it", folder, error.strerror)
 
 
-def read_lines(folder: Path) -> dict[str, set[tuple[str, str, str]]]:
-    """Output, as a path in the folder -> (key, digest of the input, digest of the output) of every line about it."""
-    lines: dict[str, set[tuple[str, str, str]]] = {}
-    for path in sorted((folder / FOLDER).glob("*.jsonl")):
-        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            for line in file:
-                record = _parsed(line)
-                if record is not None:
-                    lines.setdefault(record[0], set()).add(record[1])
+def may_skip(lines: Set[Line], key: str, source_digest: str, present: str | None, target: object) -> bool:
+    """Whether the output in place is what the run with this key would write for an input of that digest.
+
+    lines: about that output. present: digest of what is in its place, None if that is nothing.
+    Raises OutputError for a file that no run wrote, or that was changed since: it is not for this run to replace.
+    """
+    if present is None:
+        return False
+    if (key, source_digest, present) in lines:
+        return True
+    if not any(line[2] == present for line in lines):
+        raise OutputError(unknown_origin(target))
+    return False
+
+
+def unknown_origin(target: object) -> str:
+    """What is said about a file that is not for a run to replace."""
+    return f"{target} exists already, and no run recorded that it wrote this; --existing overwrite replaces it"
+
+
+def read_lines(folder: Path) -> dict[str, set[Line]]:
+    """Output, as a path in the folder -> every line about it."""
+
+    def contents() -> Iterator[bytes]:
+        for path in sorted((folder / FOLDER).glob("*.jsonl")):
+            with contextlib.suppress(FileNotFoundError):
+                yield path.read_bytes()
+
+    return parse_lines(contents())
+
+
+def parse_lines(contents: Iterable[bytes]) -> dict[str, set[Line]]:
+    """As read_lines, from the contents of the files."""
+    lines: dict[str, set[Line]] = {}
+    for content in contents:
+        for line in content.splitlines():
+            record = _parsed(line)
+            if record is not None:
+                lines.setdefault(record[0], set()).add(record[1])
     return lines
 
 
-def _parsed(line: bytes) -> tuple[str, tuple[str, str, str]] | None:
+def _parsed(line: bytes) -> tuple[str, Line] | None:
     try:
         record = json.loads(line)
         values = [record[name] for name in ("output", "key", "input_sha256", "output_sha256")]
