@@ -168,11 +168,30 @@ def test_premultiplied_alpha_is_divided_out_and_alpha_keeps_its_bits(channels, d
         (noise((9, 7)).astype(np.complex64), {}, "complex"),
         (noise((16, 32, 32)), {"volumetric": True, "tile": (16, 16, 16)}, "a volume"),
         (noise((9, 7, 3)), {**_RGB, "compression": "jpeg2000"}, "compression 34712 with 16 bits"),
+        (noise((9, 7, 3), np.uint8), {**_RGB, "compression": "jpeg2000"}, "compression 34712 with 8 bits"),
     ],
 )
 def test_tiff_that_would_lose_something_is_refused(pixels, options, reason):
     with pytest.raises(ImageUnsupported, match=reason):
         read(tif(pixels, **options))
+
+
+def test_camera_raw_is_not_restored_as_its_preview():
+    file = tif(noise((9, 7, 3), np.uint8), subfiletype=1, **_RGB)
+    for pages in ("single", "all"):
+        with pytest.raises(ImageUnsupported, match="begins with a preview"):
+            read(file, pages=pages)
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        for kind in (0, 1):
+            writer.write(noise((9, 7, 3)), subfiletype=kind, **_RGB)
+    assert len(read(file, pages="all").frames) == 2, "a smaller copy behind the image is a page like any other"
+
+
+def test_big_endian_arrays_are_written_like_others():
+    pixels = noise((6, 5, 3))
+    for format in ("PNG", "TIFF"):
+        assert np.array_equal(read(bytes(images.encode(pixels.astype(">u2"), format))).pixels, pixels)
 
 
 @pytest.mark.parametrize("compression", [None, "zlib", "lzw"])

@@ -66,10 +66,12 @@ def encode(
     """The bytes of a file.
 
     pixels: [H, W] or [H, W, C], uint8, uint16 or floats, or a sequence of them (TIFF: pages; PNG and WebP: frames of one size).
-    format: a value of EXTENSIONS. WebP has no gray: it is written as equal channels.
+    format: a value of EXTENSIONS. WebP has no gray: it is written as equal channels; colour below alpha 0 is kept, except in an
+    animated WebP, whose encoder has no such choice.
     Raises ImageUnsupported for what the format cannot hold, OutputError if the encoder fails, MissingExtra.
     """
     frames = [np.asarray(p) for p in ((pixels,) if isinstance(pixels, np.ndarray) else pixels)]
+    frames = [p.astype(p.dtype.newbyteorder("="), copy=False) for p in frames]
     frames = [p[..., None] if p.ndim == 2 else p for p in frames]
     for p in frames:
         _check_holds(format, p)

@@ -344,6 +344,8 @@ def _decode_tiff(path: object, file: BinaryIO, max_pixels: int, pages: str) -> S
     found = tiff.pages(file)
     if not found:
         raise ImageCorrupt(f"{path} has no directory")
+    if found[0].is_preview:
+        raise ImageUnsupported(f"{path} begins with a preview, as camera raw files do; develop it first")
     total = 0
     for page in found:
         _check_size(path, page.size, max_pixels)

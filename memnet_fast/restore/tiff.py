@@ -23,7 +23,7 @@ from PIL import Image, TiffImagePlugin, TiffTags
 from memnet_fast.errors import ImageCorrupt, ImageUnsupported, MissingExtra, OutputError
 from memnet_fast.restore.metadata import STORAGE_TAGS, Metadata
 
-_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
+_SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 256, 257, 258, 259, 262
 _STRIP_OFFSETS, _SAMPLES, _ROWS_PER_STRIP, _STRIP_COUNTS = 273, 277, 278, 279
 _PLANAR, _PREDICTOR, _EXTRA_SAMPLES, _SAMPLE_FORMAT, _DEPTH = 284, 317, 338, 339, 32997
 _WHITE_IS_0, _BLACK_IS_0, _RGB = range(3)
@@ -79,6 +79,11 @@ class Page:
             return False
         return self.bits <= 8 or (self._value(_SAMPLES, 1) == 1 and self.photometric == _BLACK_IS_0)
 
+    @property
+    def is_preview(self) -> bool:
+        """A smaller copy of an image that stands elsewhere, as camera raw files (DNG, NEF, ARW) begin with."""
+        return bool(self._value(_SUBFILE, 0) & 1)
+
     def refusal(self) -> str | None:
         """Why the page is not restored, as far as its tags tell; Pillow may have more reasons."""
         bits, kind, samples = self._values(_BITS, 1), self.sample_format, self._value(_SAMPLES, 1)
@@ -92,6 +97,9 @@ class Page:
             return "channels beyond colour that are no alpha"
         if self._value(_DEPTH, 1) != 1:
             return "a volume instead of an image"
+        compression = self._value(_COMPRESSION, 1)
+        if compression not in (TiffImagePlugin.COMPRESSION_INFO if self.by_pillow else _LOSSLESS):
+            return f"compression {compression} with {self.bits} bits for each channel"
         if self.by_pillow:
             return None
         colour = {_WHITE_IS_0: 1, _BLACK_IS_0: 1, _RGB: 3}.get(self.photometric)
@@ -99,8 +107,6 @@ class Page:
             return f"{self.bits} bits for each of {samples} channels with photometric interpretation {self.photometric}"
         if self.photometric == _WHITE_IS_0 and kind == _FLOAT:
             return "floats in which white is 0"
-        if self._value(_COMPRESSION, 1) not in _LOSSLESS:
-            return f"compression {self._value(_COMPRESSION, 1)} with {self.bits} bits for each channel"
         return None
 
 
