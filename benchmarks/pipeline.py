@@ -1,8 +1,8 @@
 """A folder of mixed images beside its network alone:  python -m benchmarks.pipeline [--images 200] [--scale 1.0] [--model NAME]
 
 Draws photographs of scikit-image in several sizes, kinds and formats, restores the folder as `memnet denoise` does, and runs
-the network alone over planes of the same sizes. Goal: the folder takes at most 1.1 times as long. Both are timed in turns, so that
-a machine whose speed drifts still gives a true ratio. Writes benchmarks/results/<device>/pipeline.json.
+the network alone over planes of the same sizes. Goal: the folder takes at most 1.1 times as long. Both are timed in turns, so
+that a machine whose speed drifts still gives a true ratio. Writes benchmarks/results/<device>/pipeline.json.
 """
 
 from __future__ import annotations

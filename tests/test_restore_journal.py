@@ -276,7 +276,7 @@ def test_temporary_files_of_the_dead_are_swept_and_those_of_the_living_stay(tmp_
 
 
 def test_a_job_sweeps_the_folders_it_writes_to(here, restorer):
-    for folder in ("out", "out/sub", "other"):
+    for folder in ("out", "out/sub", "out/.memnet", "other"):
         Path(folder).mkdir(exist_ok=True)
         Path(folder, ".memnet-x.part").touch()
     run(restorer)

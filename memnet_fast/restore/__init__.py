@@ -6,7 +6,6 @@ Names are loaded at first use: a process that only decodes images must not wait 
 from __future__ import annotations
 
 import importlib
-import importlib
 from typing import TYPE_CHECKING, Any
 
 __all__ = ["Restored", "Restorer", "jpeg_quality"]
@@ -20,6 +19,5 @@ def __getattr__(name: str) -> Any:
 
 
 if TYPE_CHECKING:
-    from memnet_fast.restore.images import jpeg_quality
     from memnet_fast.restore.images import jpeg_quality
     from memnet_fast.restore.restorer import Restored, Restorer

@@ -167,7 +167,8 @@ def _journal(job: Job, target: Storage, folder: str) -> Iterator[dict[str, set[t
     with contextlib.ExitStack() as stack:
         if target.local:
             stack.enter_context(open_journal(Path(folder), "", alone=True))
-            for place in dict.fromkeys(posixpath.dirname(_target(item, job)) for item in job.items):
+            places = [posixpath.join(folder, FOLDER), *(posixpath.dirname(_target(item, job)) for item in job.items)]
+            for place in dict.fromkeys(places):
                 sweep(Path(place))
         target.delete(posixpath.join(folder, FOLDER, "success.json"))
         yield parse_lines(target.read_all(posixpath.join(folder, FOLDER), ".jsonl")) if job.existing == "skip" else {}

@@ -30,6 +30,7 @@ from memnet_fast.files import make_folder, sweep, write_whole
 from memnet_fast.restore import images
 from memnet_fast.restore.isolation import Decoders, Reading
 from memnet_fast.restore.job import Job
+from memnet_fast.restore.journal import FOLDER as JOURNAL_FOLDER
 from memnet_fast.restore.journal import Journal, key_of, open_journal
 from memnet_fast.restore.report import STAGES, FileResult, JobReport, Stage, Threads
 from memnet_fast.restore.restorer import Restorer
@@ -75,7 +76,8 @@ def run_job(
     report.settings = settings_of(several[0], encoding)
     if any(settings_of(other, encoding) != report.settings for other in several[1:]):
         raise InputError("the restorers of one job must have the same weights, options and backend")
-    for folder in dict.fromkeys(item.target.parent for item in job.items):
+    journals = [] if job.folder is None else [job.folder / JOURNAL_FOLDER]
+    for folder in dict.fromkeys([*(item.target.parent for item in job.items), *journals]):
         sweep(folder)
     with contextlib.ExitStack() as stack:
         journal = None
