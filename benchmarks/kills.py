@@ -105,6 +105,8 @@ def _start(folder: Path, output: str, *more: str) -> int:
             memnet(["denoise", "-i", "in", "-o", output, "-n", "net", "--existing", "skip", "-b", "1", *more])
     except SystemExit as end:
         code = int(end.code or 0)
+    except KeyboardInterrupt:  # before the command has begun
+        code = 128 + signal.SIGINT
     finally:
         os._exit(code)
 

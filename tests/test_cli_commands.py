@@ -22,7 +22,7 @@ from memnet_fast.restore import Restorer
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_end_politely_on_sigterm", lambda: None)
+    monkeypatch.setattr(cli, "_end_politely", lambda state: None)
 
     def call(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as left:

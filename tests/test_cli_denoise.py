@@ -23,11 +23,12 @@ from memnet_fast.weights import save_weights
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     """A folder with the weights `net`, and signal handlers as they were."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.chdir(tmp_path)
     save_weights(small_net(), tmp_path / "net")
     yield tmp_path
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -277,6 +278,28 @@ def test_a_second_run_over_a_folder_that_holds_its_output(run):
     for existing in ("error", "overwrite"):
         assert run("-i", "in", "-o", "in/out", "-r", "--existing", existing)[0] == 0
     assert listing() == ["in/a.png", "in/out/a.png", "net"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("where", ["loading", "restoring"])
+def test_a_signal_that_is_swallowed_on_its_way_still_ends_the_run(run, monkeypatch, number, code, where):
+    """As an extension module does whose import it meets: the exception is lost, and something else is done instead."""
+    draw("in/a.png", "in/b.png", "in/c.png", shape=(60, 60))
+
+    def swallowing(*args, **values):
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            return
+
+    monkeypatch.setattr(signal, "getsignal", lambda n: signal.default_int_handler)
+    if where == "loading":
+        original = Restorer.__init__
+        monkeypatch.setattr(Restorer, "__init__", lambda self, *a, **k: (swallowing(), original(self, *a, **k))[1])
+    else:
+        monkeypatch.setattr("memnet_fast.cli.progress._Json.event", swallowing)
+    assert run("-i", "in", "-o", "out", "-t", "32", "-b", "1", "--progress", "json")[0] == code
+    assert not Path("out").exists() or images_in("out") == []
 
 
 def _start(*arguments: str) -> subprocess.Popen[str]:

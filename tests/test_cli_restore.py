@@ -21,7 +21,7 @@ from memnet_fast.weights import save_weights
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_end_politely_on_sigterm", lambda: None)
+    monkeypatch.setattr(cli, "_end_politely", lambda state: None)
     save_weights(small_net(), tmp_path / "net")
     return tmp_path
 

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     state = State()
-    _end_politely_on_sigterm()
+    _end_politely(state)
     try:
         return memnet.main(arguments, prog_name="memnet", standalone_mode=False, obj=state) or 0
     except click.Abort:
@@ -73,11 +73,15 @@ def _trace(state: State) -> None:
         traceback.print_exc()
 
 
-def _end_politely_on_sigterm() -> None:
-    """SIGTERM unwinds the stack, so that temporary files are removed."""
+def _end_politely(state: State) -> None:
+    """Signals unwind the stack, so that temporary files are removed."""
 
     def leave(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
+        state.ended_by = number
+        state.end_if_asked()
 
     with contextlib.suppress(ValueError):  # not in the main thread: the host decides about signals
         signal.signal(signal.SIGTERM, leave)
+        # A shell's background jobs ignore ctrl-C, and that is to stay so.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, leave)

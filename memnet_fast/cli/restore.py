@@ -77,7 +77,7 @@ def _run(ctx: click.Context, task: str, options: dict[str, Any]) -> int:
         return _NOTHING
     if options["dry_run"]:
         return _dry_run(job, task, options)
-    return _restore(job, task, options)
+    return _restore(ctx, job, task, options)
 
 
 def _plan(options: dict[str, Any]) -> Job:
@@ -147,7 +147,7 @@ def _dry_run(job: Job, task: str, options: dict[str, Any]) -> int:
     return _DONE
 
 
-def _restore(job: Job, task: str, options: dict[str, Any]) -> int:
+def _restore(ctx: click.Context, job: Job, task: str, options: dict[str, Any]) -> int:
     from memnet_fast.restore.report import JobReport
 
     report = JobReport()
@@ -156,7 +156,7 @@ def _restore(job: Job, task: str, options: dict[str, Any]) -> int:
     state = "not finished"
     try:
         with reporter(kind) as told:
-            _run_engine(job, task, options, report, told)
+            _run_engine(job, task, options, report, told, ctx.ensure_object(State))
             failed, left = report.count("failed"), len(job.items) - len(report.results)
             state = "stopped" if left else "done"
             counts = {status: report.count(status) for status in ("restored", "skipped", "failed")}
@@ -171,7 +171,7 @@ def _restore(job: Job, task: str, options: dict[str, Any]) -> int:
     return _SOME_FAILED if failed else _DONE
 
 
-def _run_engine(job: Job, task: str, options: dict[str, Any], report: JobReport, told: Reporter) -> None:
+def _run_engine(job: Job, task: str, options: dict[str, Any], report: JobReport, told: Reporter, state: State) -> None:
     from memnet_fast.restore.images import Encoding
     from memnet_fast.restore.isolation import Reading
 
@@ -179,6 +179,7 @@ def _run_engine(job: Job, task: str, options: dict[str, Any], report: JobReport,
         _tell(result, told, options["verbose"])
 
     def progress(index: int, done: int, total: int, fraction: float) -> None:
+        state.end_if_asked()
         told.windows(str(job.items[index].source), index, len(job.items), done, total, fraction)
 
     common: dict[str, Any] = {
@@ -197,8 +198,10 @@ def _run_engine(job: Job, task: str, options: dict[str, Any], report: JobReport,
     from memnet_fast.restore.pipeline import run_job
     from memnet_fast.restore.report import Threads
 
+    restorers = _restorers(task, options)
+    state.end_if_asked()
     threads = None if options["threads"] is None else Threads.parse(options["threads"])
-    run_job(job, _restorers(task, options), threads=threads, isolate=options["isolate"], **common)
+    run_job(job, restorers, threads=threads, isolate=options["isolate"], **common)
 
 
 def _tell(result: FileResult, told: Reporter, verbose: bool) -> None:

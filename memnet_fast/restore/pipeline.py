@@ -199,7 +199,8 @@ class _Run:
             self._halt.set()
             for pool in self._pools.values():
                 pool.shutdown(wait=True, cancel_futures=True)
-            # What was being written when an exception came is there now, and is reported.
+            # What was being written when an exception came is there now, and is reported; nothing may stop that.
+            self.progress = None
             while not self._events.empty():
                 event = self._events.get()
                 if event.work == "encode":
