@@ -233,6 +233,8 @@ def _how(result: FileResult) -> str:
     if tiled is not None:
         several = tiled.windows > 1
         parts.append(f"{tiled.windows} windows of {tiled.tile[1]} x {tiled.tile[0]}" if several else "in one piece")
+        if tiled.redone:
+            parts.append(f"{tiled.redone} of them again in fp32" if several else "again in fp32")
     return ", ".join(parts)
 
 
@@ -313,4 +315,5 @@ def _record(result: FileResult) -> dict[str, Any]:
         record["jpeg_quality"] = result.jpeg_quality
     if result.tiled is not None:
         record |= {"tile": result.tiled.tile[::-1], "windows": result.tiled.windows, "batch": result.tiled.batch}
+        record["redone"] = result.tiled.redone
     return record
