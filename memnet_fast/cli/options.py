@@ -45,6 +45,9 @@ class _WordOrNumber(click.ParamType):
         self.word, self.least = word, least
         self.name = f"{word}|N"
 
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return self.name
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         if value == self.word:
             return self.word
