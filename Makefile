@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel cmake ninja pybind11
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[test,demo,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[test,dev]"
 	touch $(STAMP)
 
 demo: $(STAMP)

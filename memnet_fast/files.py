@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import tempfile
 from pathlib import Path
 
 from memnet_fast.errors import OutputError
 
+_PREFIX, _SUFFIX = ".memnet-", ".part"
 
-def write_whole(path: Path, data: bytes) -> None:
+
+def write_whole(path: Path, data: bytes | bytearray | memoryview) -> None:
     """Temporary file in the same folder, write, fsync, rename, fsync the folder. An older file stays intact until the rename.
 
-    Raises OutputError; the temporary file is removed.
+    Raises OutputError; the temporary file is removed. Where the process is killed before that, `sweep` finds it.
     """
     temporary = None
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=".memnet-", suffix=".part", dir=path.parent)
+        descriptor, temporary = _locked_temporary(path.parent)
+        # Open, and so locked, until it has its final name: a sweep must not take it before.
         with open(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
             # mkstemp makes private files; a result has the permissions that any new file would have.
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
+            os.fchmod(file.fileno(), 0o666 & ~_UMASK)
+            os.replace(temporary, path)
+            temporary = None
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -39,6 +43,55 @@ def write_whole(path: Path, data: bytes) -> None:
                 os.unlink(temporary)
 
 
+def make_folder(folder: Path) -> None:
+    """The folder and its parents. Raises OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error.strerror or error}") from error
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Removes the temporary files that killed processes left in a folder (not below it), and returns them.
+
+    Those of living writers stay, also of writers on other machines as far as the file system has locks that reach there; where
+    it has none, nothing is removed.
+    """
+    swept = []
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        names = [e.name for e in entries if e.name.startswith(_PREFIX) and e.name.endswith(_SUFFIX)]
+        for path in (Path(folder, name) for name in names):
+            if _is_left_behind(path):
+                swept.append(path)
+    return swept
+
+
+def _locked_temporary(folder: Path) -> tuple[int, str]:
+    """The kernel gives the lock back when the writer ends, however it ends."""
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=_PREFIX, suffix=_SUFFIX, dir=folder)
+        with contextlib.suppress(OSError):  # no locks here; then nothing is swept either
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink > 0:
+            return descriptor, name
+        os.close(descriptor)  # swept in the moment before it was locked
+
+
+def _is_left_behind(path: Path) -> bool:
+    """Removes the file if nobody holds its lock."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The name may belong to another file by now.
+            if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+                os.unlink(path)
+                return True
+        finally:
+            os.close(descriptor)
+    return False
+
+
 def _read_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -47,7 +100,3 @@ def _read_umask() -> int:
 
 # Read once, at import: the only way to read it sets it for an instant, which other threads would see.
 _UMASK = _read_umask()
-
-
-def _umask() -> int:
-    return _UMASK

@@ -117,7 +117,8 @@ class MemNet(nn.Module):
     def reset_parameters(self) -> None:
         """He initialisation, biases 0; batch normalisation 1 and 0."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            # Without values there is nothing to draw, and on "meta" drawing makes torch load its compiler, which takes seconds.
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

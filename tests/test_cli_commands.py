@@ -22,7 +22,7 @@ from memnet_fast.restore import Restorer
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_end_politely_on_sigterm", lambda: None)
+    monkeypatch.setattr(cli, "_end_politely", lambda state: None)
 
     def call(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as left:
@@ -44,7 +44,9 @@ def bundled(tmp_path, monkeypatch):
     return save
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["denoise", "--help"], ["doctor", "--help"], ["denoise"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["denoise", "--help"], ["sr", "--help"], ["doctor", "--help"], ["denoise"]]
+)
 def test_help_and_version_do_not_wait_for_torch(arguments):
     code = (
         "import sys\nfrom memnet_fast.cli import main\n"
@@ -56,7 +58,7 @@ def test_help_and_version_do_not_wait_for_torch(arguments):
 
 def test_help_names_every_command_and_version_the_version(run):
     code, out, _ = run("--help")
-    assert code == 0 and all(f"  {name} " in out for name in ("denoise", "models", "doctor", "demo"))
+    assert code == 0 and all(f"  {name} " in out for name in ("denoise", "deblock", "sr", "models", "doctor", "demo"))
     assert run("--version") == (0, f"memnet, version {memnet_fast.__version__}\n", "")
     assert run("denoise", "--version")[1] == f"memnet, version {memnet_fast.__version__}\n"
 
@@ -131,6 +133,13 @@ def test_demo_without_scikit_image_says_how_to_install_it(run, bundled, monkeypa
     monkeypatch.setitem(sys.modules, "skimage.data", None)
     code, _, err = run("demo", "-o", str(tmp_path / "o"))
     assert code == 2 and "pip install 'memnet-fast[demo]'" in err and not (tmp_path / "o").exists()
+
+
+def test_the_page_without_gradio_says_how_to_install_it(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    code, out, err = run("demo", "--ui")
+    assert (code, out) == (2, "") and "pip install 'memnet-fast[demo]'" in err and err.count("\n") == 1
+    assert run("demo", "--port", "8000")[0] == 2
 
 
 def test_doctor_as_text_and_json(run, bundled):

@@ -15,7 +15,7 @@ from memnet_fast.config import MemNetConfig
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_end_politely_on_sigterm", lambda: None)
+    monkeypatch.setattr(cli, "_end_politely", lambda state: None)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as left:

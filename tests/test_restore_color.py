@@ -20,7 +20,7 @@ def test_merge_equals_a_conversion_to_ycbcr_and_back():
     ycc = rgb @ _JFIF.T
     np.testing.assert_allclose(seen[0], ycc[..., 0], atol=1e-7)
     ycc[..., 0] += (restored - seen)[0]
-    np.testing.assert_allclose(color.merge(rgb, seen, restored, "y"), ycc @ np.linalg.inv(_JFIF).T, atol=1e-7)
+    np.testing.assert_allclose(color.merge(rgb, seen, restored), ycc @ np.linalg.inv(_JFIF).T, atol=1e-7)
 
 
 def test_luma_of_a_window_has_the_bits_of_the_whole():

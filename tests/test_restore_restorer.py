@@ -198,7 +198,11 @@ def test_what_is_not_an_image_is_refused(restorer, image, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"task": "sr"}, "unknown task 'sr'; choose from denoise"),
+        ({"task": "sharpen"}, "unknown task 'sharpen'; choose from denoise, deblock, sr"),
+        ({"task": "sr"}, "super-resolution needs a scale of 2, 3, 4, got None"),
+        ({"task": "sr", "scale": 5}, "needs a scale of 2, 3, 4, got 5"),
+        ({"task": "sr", "scale": 2.0}, "got 2.0"),
+        ({"task": "denoise", "scale": 2}, "the task 'denoise' has no scale, got 2"),
         ({"color": "lab"}, "choose from y, rgb, gray"),
         ({"tile": -1}, "tile must be 'auto' or a whole number of at least 0"),
         ({"tile": 64.0}, "tile must be"),

@@ -189,3 +189,61 @@ def test_tta_is_the_mean_over_eight_ways_and_tiles_exactly():
 def test_a_whole_image_is_one_window():
     done = Restorer(model=small_net(), tile=0).restore(np.zeros((5, 9), np.uint8))
     assert done.tiled == tiling.Tiled((5, 9), 1, done.tiled.batch)
+
+
+def _overflowing(seed: int = 0):
+    """A network whose features leave the range of float16 and not that of float32, and whose result is an image."""
+    net = small_net(seed)
+    with torch.no_grad():
+        net.first.conv.weight.mul_(1e6)
+        net.first.conv.bias.mul_(1e6)
+        net.recon.weight.mul_(1e-6)
+    return net
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_a_window_that_is_not_finite_is_computed_again_in_fp32(tta, caplog):
+    image = picture((60, 70, 3))
+    half = Restorer(model=_overflowing(), backend="torch", precision="fp16", tile=40, tta=tta)
+    assert not torch.isfinite(half.net(torch.rand(1, 1, 8, 8))).all(), "this network must overflow"
+    done = half.restore(image)
+    assert done.tiled.redone == done.tiled.windows > 1 and "computed again in fp32" in caplog.text
+    expected = Restorer(model=_overflowing(), backend="torch", precision="fp32", tile=40, tta=tta).restore(image)
+    assert expected.tiled.redone == 0 and np.array_equal(done.image, expected.image)
+    assert done.image.std() > 1, "not one flat colour"
+
+
+def test_only_the_windows_that_need_it_are_computed_again():
+    class _OnceInfinite(FusedMemNet):
+        calls = 0
+
+        def forward(self, x):
+            type(self).calls += 1
+            y = super().forward(x)
+            return torch.full_like(y, float("nan")) if self.calls == 2 else y
+
+    image = picture((60, 70))
+    net = _OnceInfinite(small_net(), backend="torch", precision="bf16")
+    done = Restorer(model=net, tile=40, batch=1).restore(image)
+    assert done.tiled.redone == 1
+    plain = Restorer(model=small_net(), backend="torch", precision="bf16", tile=40, batch=1)(image)
+    assert 0 < (done.image != plain).mean() < 0.5
+
+
+def test_a_large_result_leaves_less_to_the_workspace(monkeypatch):
+    tiler = Restorer(model=small_net())._tiler
+    monkeypatch.setattr(tiling, "available_bytes", lambda device: 1 << 50)
+    sides = [max(tiler._first_size(20_000, 20_000, result)) for result in (0, 400 << 20, 1 << 40)]
+    assert sides[0] > sides[1] >= sides[2]
+    bytes_ = [tiler.net.workspace_bytes(1, side, side) for side in sides]
+    assert bytes_[0] > (1 << 30) and bytes_[1] <= (2 << 30) - 1000 * (1 << 20) * 99 // 100 and bytes_[2] <= 1 << 30
+
+
+def test_the_workspace_of_a_large_image_makes_room_for_its_file(monkeypatch):
+    monkeypatch.setattr("memnet_fast.restore.restorer._LARGE_RESULT", 1000)
+    restorer, released = Restorer(model=small_net()), []
+    monkeypatch.setattr(type(restorer.net), "release_workspace", lambda self: released.append(self))
+    restorer(picture((20, 20)))
+    assert released == []
+    restorer(picture((40, 40)))
+    assert released == [restorer.net]

@@ -18,10 +18,10 @@ import click
 from memnet_fast import __version__
 from memnet_fast.cli.convert import convert
 from memnet_fast.cli.demo import demo
-from memnet_fast.cli.denoise import denoise
 from memnet_fast.cli.doctor import doctor
 from memnet_fast.cli.messages import State, say_error
 from memnet_fast.cli.models import models
+from memnet_fast.cli.restore import deblock, denoise, sr
 from memnet_fast.errors import MemNetError
 
 _INTERRUPTED = 130
@@ -35,7 +35,7 @@ def memnet() -> None:
     """Restores images with MemNet, fused."""
 
 
-for _command in (denoise, convert, models, doctor, demo):
+for _command in (denoise, deblock, sr, convert, models, doctor, demo):
     memnet.add_command(_command)
 
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     state = State()
-    _end_politely_on_sigterm()
+    _end_politely(state)
     try:
         return memnet.main(arguments, prog_name="memnet", standalone_mode=False, obj=state) or 0
     except click.Abort:
@@ -73,11 +73,15 @@ def _trace(state: State) -> None:
         traceback.print_exc()
 
 
-def _end_politely_on_sigterm() -> None:
-    """SIGTERM unwinds the stack, so that temporary files are removed."""
+def _end_politely(state: State) -> None:
+    """Signals unwind the stack, so that temporary files are removed."""
 
     def leave(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
+        state.ended_by = number
+        state.end_if_asked()
 
     with contextlib.suppress(ValueError):  # not in the main thread: the host decides about signals
         signal.signal(signal.SIGTERM, leave)
+        # A shell's background jobs ignore ctrl-C, and that is to stay so.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, leave)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from memnet_fast.cli.messages import State, shown
+from memnet_fast.cli.messages import State, say, shown
 
 _SEED = 0
 _PHOTOS = ("chelsea", "astronaut", "coffee", "camera")
@@ -19,22 +19,38 @@ _PHOTOS = ("chelsea", "astronaut", "coffee", "camera")
 @click.option("--sigma", type=click.FloatRange(0, 255), default=30.0, help="Standard deviation of the noise, in grey levels.")
 @click.option("-n", "--model", metavar="NAME|FILE", help="A bundled model (memnet models) or a weight file.")
 @click.option("--backend", default="auto", metavar="NAME", help="auto, or one that memnet doctor lists.")
+@click.option("--ui", is_flag=True, help="Open a page to try out images of your own instead; ctrl-C ends it.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Of the page; default: the first free one from 7860 on.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
 @click.pass_context
-def demo(ctx: click.Context, output: str, photo: str, sigma: float, model: str | None, backend: str, verbose: bool) -> int:
+def demo(
+    ctx: click.Context,
+    output: str,
+    photo: str,
+    sigma: float,
+    model: str | None,
+    backend: str,
+    ui: bool,
+    port: int | None,
+    verbose: bool,
+) -> int:
     """Adds noise to a photograph of scikit-image, restores it, and says what was gained.
 
     The noise is Gaussian, independent in every channel, from a fixed seed, neither clipped nor rounded; every channel goes
     through the network. PSNR is over all channels, for a range of 255. Writes noisy, restored and both beside the original.
     """
     ctx.ensure_object(State).verbose = verbose
+    if ui:
+        return _serve(model, backend, port)
+    if port is not None:
+        raise click.UsageError("--port is for --ui")
     import torch
 
     from memnet_fast.backends import cpu
     from memnet_fast.degrade import gaussian
     from memnet_fast.metrics import psnr, scikit_image
     from memnet_fast.restore import Restorer
-    from memnet_fast.restore.images import from_array, write_image
+    from memnet_fast.restore.images import write_image
     from memnet_fast.restore.strip import comparison_strip
 
     data = scikit_image("data")
@@ -50,7 +66,7 @@ def demo(ctx: click.Context, output: str, photo: str, sigma: float, model: str |
     channels, height, width = clean.shape
     folder = Path(output)
     views = {
-        name: from_array((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+        name: (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
         for name, image in (("noisy", noisy), ("restored", restored), ("original", clean))
     }
     before, after = psnr(noisy, clean), psnr(restored, clean)
@@ -70,4 +86,17 @@ def demo(ctx: click.Context, output: str, photo: str, sigma: float, model: str |
         f"backend      {restorer.backend}, {restorer.precision}, {restorer.algorithm}, {threads} threads, {restorer.device}"
     )
     click.echo(f"pictures     {shown(folder / 'before_after.png')}, noisy.png, restored.png")
+    return 0
+
+
+def _serve(model: str | None, backend: str, port: int | None) -> int:
+    from memnet_fast import ui
+
+    page = ui.build(model=model, backend=backend)
+    try:
+        address = ui.serve(page, port, wait=False)
+    except OSError as error:
+        raise click.UsageError(f"the page cannot be served: {error}") from error
+    say(f"serving {address} to this machine; ctrl-C ends it")
+    page.block_thread()
     return 0

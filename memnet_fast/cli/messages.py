@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,9 +12,18 @@ import click
 
 @dataclass
 class State:
-    """Shared by the commands of one run."""
+    """Shared by the commands of one run. ended_by: the signal that asked this process to end, if one did."""
 
     verbose: bool = False
+    ended_by: int | None = None
+
+    def end_if_asked(self) -> None:
+        """For long work, now and then: the exception of a signal may have been swallowed on its way up (an extension module
+        whose import it met reports a failed import instead)."""
+        if self.ended_by == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.ended_by is not None:
+            sys.exit(128 + self.ended_by)
 
 
 def shown(text: object) -> str:

@@ -14,15 +14,15 @@ from memnet_fast.cli.messages import shown
 
 
 class Reporter(Protocol):
-    def windows(self, name: str, index: int, files: int, done: int, total: int) -> None:
-        """Windows done of file number `index`."""
+    def windows(self, name: str, index: int, files: int, done: int, total: int, fraction: float) -> None:
+        """Windows done of file number `index`; fraction: share of all files."""
 
     def event(self, event: str, **values: Any) -> None:
         """A file is finished, or the whole job."""
 
 
 class _Silent:
-    def windows(self, name: str, index: int, files: int, done: int, total: int) -> None:
+    def windows(self, name: str, index: int, files: int, done: int, total: int, fraction: float) -> None:
         pass
 
     def event(self, event: str, **values: Any) -> None:
@@ -30,8 +30,7 @@ class _Silent:
 
 
 class _Json:
-    def windows(self, name: str, index: int, files: int, done: int, total: int) -> None:
-        fraction = (index + done / total) / files
+    def windows(self, name: str, index: int, files: int, done: int, total: int, fraction: float) -> None:
         self.event("progress", input=name, index=index, files=files, done=done, total=total, fraction=round(fraction, 6))
 
     def event(self, event: str, **values: Any) -> None:
@@ -43,11 +42,11 @@ class _Bar(_Silent):
         self._bar = bar
         self._task = bar.add_task("", total=1.0)
 
-    def windows(self, name: str, index: int, files: int, done: int, total: int) -> None:
+    def windows(self, name: str, index: int, files: int, done: int, total: int, fraction: float) -> None:
         from rich.markup import escape
 
         label = escape(shown(name)) if files == 1 else escape(f"{index + 1}/{files} {shown(name)}")
-        self._bar.update(self._task, description=label, completed=(index + done / total) / files)
+        self._bar.update(self._task, description=label, completed=fraction)
 
 
 @contextmanager

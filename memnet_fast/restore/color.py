@@ -53,13 +53,25 @@ def planes(unit: np.ndarray, color: str) -> np.ndarray:
     return np.ascontiguousarray(luma(unit)[None], np.float32)
 
 
-def merge(unit: np.ndarray, seen: np.ndarray, restored: np.ndarray, color: str) -> np.ndarray:
+def alpha_plane(pixels: np.ndarray) -> np.ndarray:
+    """pixels: [h, w, 2 or 4] -> alpha [h, w] as `to_unit` gives colour."""
+    alpha = pixels[..., -1]
+    if pixels.dtype.kind == "f":
+        return alpha.astype(np.float64 if pixels.dtype.itemsize == 8 else np.float32)
+    return alpha.astype(np.float32) / np.float32(full_scale(pixels.dtype))
+
+
+def merge(unit: np.ndarray | None, seen: np.ndarray, restored: np.ndarray) -> np.ndarray:
     """The restored colour channels, [h, w, 1 or 3].
 
-    unit: [h, w, 1 or 3]; seen: [K, h, w], the planes made of it; restored: [K, h, w], what the network made of those.
+    unit: [h, w, 3] if luma alone was restored of colour that is kept, else None; seen: [K, h, w], the planes that the network
+    saw; restored: [K, h, w], what it made of those.
     """
-    if unit.shape[-1] == 3 and color == "y":
-        return unit + (restored - seen)[0, ..., None]
+    if unit is not None:
+        change, result = (restored - seen)[0], np.empty_like(unit)
+        for c in range(3):  # twice as fast as one sum whose innermost axis has length 3
+            np.add(unit[..., c], change, out=result[..., c])
+        return result
     return np.moveaxis(restored, 0, -1)
 
 
@@ -67,5 +79,6 @@ def to_samples(colour: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Integers: clipped to their range and rounded half to even, the only rounding. Floats are neither clipped nor rounded."""
     if dtype.kind == "f":
         return colour.astype(dtype)
-    scale = full_scale(dtype)
-    return np.rint(np.clip(colour, 0, 1) * scale).astype(dtype)
+    samples = np.clip(colour, 0, 1)
+    samples *= full_scale(dtype)
+    return np.rint(samples, out=samples).astype(dtype)

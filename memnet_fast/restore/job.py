@@ -1,20 +1,21 @@
-"""Jobs: many files in, many files out. Everything that can be said beforehand is said before the first file is touched."""
+"""What a job reads and where it writes. Everything that can be said beforehand is said before the first file is touched."""
 
 from __future__ import annotations
 
 import glob
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from memnet_fast.errors import BackendUnavailable, ImageError, InputError, MemNetError
-from memnet_fast.restore.images import EXTENSIONS, MAX_PIXELS, Encoding, read_image, write_image
-from memnet_fast.restore.restorer import Restorer
-from memnet_fast.restore.strip import comparison_strip
-from memnet_fast.restore.tiling import Tiled
+from memnet_fast.errors import InputError
+from memnet_fast.restore.images import EXTENSIONS
 
+if TYPE_CHECKING:
+    from memnet_fast.restore.storage import Storage
+
+EXISTING = ("error", "skip", "overwrite")
 FORMATS = {"png": (".png", "PNG"), "jpg": (".jpg", "JPEG"), "webp": (".webp", "WEBP"), "tiff": (".tiff", "TIFF")}
 
 
@@ -29,11 +30,20 @@ class Item:
 
 @dataclass(frozen=True)
 class Job:
-    """ignored: what stood in folders and globs and is not restored, and why."""
+    """ignored: what stood in folders and globs and is not restored, and why.
+
+    folder: the one that all outputs stand in, if a journal is to be kept there. alone: no other run may write into it.
+    source_storage, target_storage: where the paths are, if they are not those of this machine.
+    """
 
     items: list[Item]
     ignored: list[tuple[Path, str]]
     compare: Path | None = None
+    existing: str = "error"
+    folder: Path | None = None
+    alone: bool = True
+    source_storage: Storage | None = None
+    target_storage: Storage | None = None
 
 
 @dataclass
@@ -67,15 +77,17 @@ def plan_job(
     links that lead outside are not. output: a file for one input file (a folder if it exists as one or ends with a separator),
     otherwise a folder, in which the tree of a folder (with `recursive`) or of a glob is mirrored.
     format: "same" (by the extension of the output's name, which is the input's) or a key of FORMATS.
-    existing: "error" or "overwrite". compare, log: further files that the job will write, held to the same rules.
+    existing: "error", "overwrite", or "skip": keep what an earlier run wrote for the same input, with the same weights and
+    options. A journal is kept in the output folder; for a single file only with "skip".
+    compare, log: further files that the job will write, held to the same rules.
     Outputs of an earlier run below an input folder are never taken as inputs.
-    Raises InputError if an input does not exist, two inputs have one output, an output is the file of another input, or, with
-    "error", exists already.
+    Raises InputError if an input does not exist, two inputs have one output, an output is the file of another input, is its own
+    input (unless "overwrite"), or, with "error", exists already.
     """
     if format != "same" and format not in FORMATS:
         raise InputError(f"unknown format '{format}'; choose from same, {', '.join(FORMATS)}")
-    if existing not in ("error", "overwrite"):
-        raise InputError(f"unknown choice '{existing}' for existing files; choose from error, overwrite")
+    if existing not in EXISTING:
+        raise InputError(f"unknown choice '{existing}' for existing files; choose from {', '.join(EXISTING)}")
     if not output:
         raise InputError("the output is an empty path")
     as_file = len(inputs) == 1 and os.path.lexists(inputs[0]) and not os.path.isdir(inputs[0])
@@ -86,14 +98,16 @@ def plan_job(
     items = []
     for source, relative in found.files:
         if to_folder:
-            items.append(_named(source, Path(output) / relative, format))
+            items.append(named(source, Path(output) / relative, format))
         else:
             items.append(_named_exactly(source, Path(output), format))
     if compare is not None and len(items) > 1:
         raise InputError(f"a comparison strip shows one image, but there are {len(items)} inputs")
     if compare is not None and Path(compare).suffix.lower() not in EXTENSIONS:
         raise InputError(f"the strip {compare} needs the extension of an image format, such as .png")
-    job = Job(items, found.ignored, None if compare is None else Path(compare))
+    folder = Path(output) if to_folder else Path(output).parent
+    kept = folder if existing == "skip" or not as_file else None
+    job = Job(items, found.ignored, None if compare is None else Path(compare), existing, kept, not as_file)
     _check_targets(job, existing, [Path(text) for text in (compare, log) if text is not None])
     return job
 
@@ -131,7 +145,8 @@ def _find_in_folder(folder: Path, recursive: bool, skip: Path | None, found: _Fo
             found.ignored += [(here / name, "a folder; -r takes those too") for name in sorted(names)]
             break
         found.ignored += [(here / name, "a link to a folder") for name in sorted(names) if (here / name).is_symlink()]
-        names.sort()
+        found.ignored += [(here / name, "a hidden folder") for name in sorted(names) if name.startswith(".")]
+        names[:] = sorted(name for name in names if not name.startswith("."))
 
 
 def _find_by_glob(pattern: str, skip: Path | None, found: _Found) -> None:
@@ -165,7 +180,8 @@ def _why_ignored(path: Path, root: Path) -> str | None:
     return None if path.is_file() else "not a file"
 
 
-def _named(source: Path, target: Path, format: str) -> Item:
+def named(source: Path, target: Path, format: str) -> Item:
+    """target: with the extension of the source, which a format other than "same" replaces."""
     if format == "same":
         return Item(source, target, EXTENSIONS.get(target.suffix.lower()))
     suffix, name = FORMATS[format]
@@ -202,7 +218,7 @@ def _check_targets(job: Job, existing: str, others: Sequence[Path]) -> None:
         owner = sources.get(key)
         if owner is not None and owner is not item:
             raise InputError(f"the output of {item.source} would replace another input, {item.target}")
-        if owner is item and existing == "error":
+        if owner is item and existing != "overwrite":
             raise InputError(f"the output {item.target} is the input itself; --existing overwrite replaces it")
         if item.target.is_dir():
             raise InputError(f"the output {item.target} is a folder")
@@ -218,79 +234,3 @@ def _check_targets(job: Job, existing: str, others: Sequence[Path]) -> None:
         if old:
             more = f" (and {len(old) - 1} more outputs)" if len(old) > 1 else ""
             raise InputError(f"{old[0]}{more} exists already; --existing overwrite replaces it")
-
-
-@dataclass(frozen=True)
-class FileResult:
-    """What became of one file. error: None when it was written."""
-
-    item: Item
-    seconds: float
-    error: Exception | None = None
-    size: tuple[int, int] | None = None
-    mode: str | None = None
-    tiled: Tiled | None = None
-
-
-FileProgress = Callable[[int, int, int], None]
-
-
-def run_job(
-    job: Job,
-    restorer: Restorer,
-    *,
-    encoding: Encoding | None = None,
-    max_pixels: int = MAX_PIXELS,
-    stop_on_error: bool = False,
-    progress: FileProgress | None = None,
-    on_result: Callable[[FileResult], None] | None = None,
-) -> list[FileResult]:
-    """Restores the files one after the other; one that fails is reported and does not stop the others, unless asked.
-
-    progress(index, done, total): windows of file number `index`. on_result: told about each file when it is finished.
-    Raises InputError (an option that fits no image) and BackendUnavailable, which concern every file.
-    """
-    results: list[FileResult] = []
-    for index, item in enumerate(job.items):
-
-        def told(done: int, total: int, index: int = index) -> None:
-            if progress is not None:
-                progress(index, done, total)
-
-        start = time.perf_counter()
-        try:
-            result = _restore_file(item, restorer, encoding or Encoding(), max_pixels, job.compare, told, start)
-        except (InputError, BackendUnavailable):
-            raise
-        except Exception as error:  # whatever goes wrong in one file must not take the others with it
-            result = FileResult(item, time.perf_counter() - start, error)
-        results.append(result)
-        if on_result is not None:
-            on_result(result)
-        if result.error is not None and stop_on_error:
-            break
-    return results
-
-
-def _restore_file(
-    item: Item,
-    restorer: Restorer,
-    encoding: Encoding,
-    max_pixels: int,
-    compare: Path | None,
-    progress: Callable[[int, int], None],
-    start: float,
-) -> FileResult:
-    source = read_image(item.source, max_pixels)
-    done = restorer.restore(source.image, progress)
-    write_image(item.target, done.image, item.format or source.format, encoding, source.metadata)
-    if compare is not None:
-        strip = comparison_strip([("input", source.image), ("restored", done.image)])
-        write_image(compare, strip, EXTENSIONS[compare.suffix.lower()], encoding)
-    return FileResult(item, time.perf_counter() - start, None, done.image.size, done.image.mode, done.tiled)
-
-
-def describe(error: Exception) -> str:
-    """One line for people. Errors of this package say everything themselves."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, MemNetError | ImageError) else f"unexpected {type(error).__name__}: {text}"

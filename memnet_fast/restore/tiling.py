@@ -8,6 +8,7 @@ bit by bit with the "direct" algorithm, to rounding with "winograd".
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,16 +20,21 @@ import torch
 from torch import Tensor
 
 from memnet_fast.engine import images_per_pass
-from memnet_fast.errors import DeviceOOM, InputError, NumericError
-from memnet_fast.fused import FusedMemNet
+from memnet_fast.errors import BackendUnavailable, DeviceOOM, InputError, NumericError
+from memnet_fast.fused import FusedMemNet, fuse
+
+_log = logging.getLogger("memnet_fast")
 
 # Tile sizes that are chosen here are multiples of this: the Winograd tiles of 4 and the cache blocks then fit evenly.
 _STEP = 16
-_MAX_BUDGET = 2 << 30
-_SHARE_OF_AVAILABLE = 0.4
+# For each kind of device: the share of its free memory that a workspace may take, and the most. Beyond that little is won: with
+# 74 pixels of overlap, 2 GiB compute 1.5 times the pixels of a large image, 16 GiB 1.15 times.
+_BUDGET = {"cpu": (0.4, 2 << 30), "cuda": (0.6, 16 << 30)}
+# A large image on the CPU leaves this much to the workspace, whatever the result and its encoder take.
+_LEAST_BESIDE_RESULT = 1 << 30
 
 Read = Callable[[int, "Window"], np.ndarray]
-Write = Callable[[int, "Window", np.ndarray], None]
+Write = Callable[[int, "Window", np.ndarray, np.ndarray], None]
 Progress = Callable[[int, int], None]
 
 
@@ -97,7 +103,7 @@ def available_bytes(device: torch.device) -> int:
         try:
             free.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         except (ValueError, OSError, AttributeError):
-            free.append(_MAX_BUDGET)
+            free.append(_BUDGET["cpu"][1])
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
@@ -110,8 +116,10 @@ def available_bytes(device: torch.device) -> int:
 
 
 def budget_bytes(device: torch.device) -> int:
-    """What a workspace may take when the size of tiles is chosen here: 40 % of what is free, at most 2 GiB."""
-    return min(_MAX_BUDGET, int(_SHARE_OF_AVAILABLE * available_bytes(device)))
+    """What a workspace may take when the size of tiles is chosen here: on the CPU 40 % of what is free, at most 2 GiB; on a GPU
+    60 %, at most 16 GiB."""
+    share, most = _BUDGET[device.type]
+    return min(most, int(share * available_bytes(device)))
 
 
 def smallest_tile(halo: int) -> int:
@@ -146,11 +154,12 @@ def _balanced(length: int, tile: int, halo: int) -> int:
 
 @dataclass(frozen=True)
 class Tiled:
-    """How an image was computed."""
+    """How an image was computed. redone: windows that were not finite at first and were computed again in fp32."""
 
     tile: tuple[int, int]
     windows: int
     batch: int
+    redone: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,15 +181,25 @@ class Tiler:
         return self.net.config.receptive_radius if isinstance(self.overlap, str) else self.overlap
 
     def run(
-        self, n: int, h: int, w: int, read: Read, write: Write, device: torch.device, progress: Progress | None = None
+        self,
+        n: int,
+        h: int,
+        w: int,
+        read: Read,
+        write: Write,
+        device: torch.device,
+        progress: Progress | None = None,
+        result_bytes: int = 0,
     ) -> Tiled:
         """Computes n images of one size. read(i, window) gives the planes, float32 [K, h_w, w_w], of a window of image i;
-        write(i, window, planes) takes the core of the result, [K, h_c, w_c].
+        write(i, window, seen, restored) takes the core of what was read and of the result, [K, h_c, w_c] each.
+        result_bytes: memory of the caller's result, which comes off the budget of automatic tiles on the CPU.
 
         When memory runs out, first the batch and then the tile shrinks, and the images are computed again from their start.
-        Raises DeviceOOM when the smallest tile does not fit either, NumericError for a result that is not finite.
+        A window whose result is not finite is computed again in fp32.
+        Raises DeviceOOM when the smallest tile does not fit either, NumericError for a result that is not finite in fp32.
         """
-        size = self._first_size(h, w)
+        size = self._first_size(h, w, result_bytes)
         # The engine computes a batch in passes of this size; handing it more at once would only hold more memory.
         per_call = images_per_pass(1 << 16, *size) if isinstance(self.batch, str) else self.batch
         best = 0.0
@@ -205,9 +224,13 @@ class Tiler:
                 else:
                     raise DeviceOOM(f"not enough memory, also with a tile of {max(size)}: {error}") from error
 
-    def _first_size(self, h: int, w: int) -> tuple[int, int]:
+    def _first_size(self, h: int, w: int, result_bytes: int) -> tuple[int, int]:
         if self.tile == "auto":
-            return auto_size(h, w, self.halo, lambda th, tw: self._workspace(th, tw) <= self._budget)
+            budget = self._budget
+            if next(self.net.parameters()).device.type == "cpu":
+                # The result stands beside the workspace, and soon its file does.
+                budget = min(budget, max(_BUDGET["cpu"][1] - 5 * result_bytes // 2, _LEAST_BESIDE_RESULT))
+            return auto_size(h, w, self.halo, lambda th, tw: self._workspace(th, tw) <= budget)
         side = int(self.tile)
         return (h, w) if side == 0 else (min(side, h), min(side, w))
 
@@ -233,39 +256,59 @@ class Tiler:
     ) -> Tiled:
         items = [(i, window) for i in range(n) for window in places]
         report(0, len(items))
-        done = 0
+        done = redone = 0
         while done < len(items):
             first = read(*items[done])
             group = items[done : done + max(1, per_call // first.shape[0])]
             seen = np.stack([first, *(read(*item) for item in group[1:])])  # [G, K, H, W]
-            restored = self._forward(seen.reshape(-1, 1, *seen.shape[2:]), per_call, device).reshape(seen.shape)
-            for (i, window), planes in zip(group, restored, strict=True):
+            restored = self._forward(self.net, seen.reshape(-1, 1, *seen.shape[2:]), per_call, device).reshape(seen.shape)
+            for (i, window), before, after in zip(group, seen, restored, strict=True):
+                if not np.isfinite(after).all():
+                    after = self._again(before, window, per_call, device)
+                    redone += 1
                 rows, cols = window.core_inside
-                if not np.isfinite(planes).all():
-                    raise NumericError(
-                        f"the result is not finite in the window at row {window.rows.start}, column {window.cols.start} "
-                        f"(backend {self.net.backend}, precision {self.net.precision}); try another precision or backend"
-                    )
-                write(i, window, planes[:, rows, cols])
+                write(i, window, before[:, rows, cols], after[:, rows, cols])
             done += len(group)
             report(done, len(items))
-        return Tiled(size, len(items), per_call)
+        return Tiled(size, len(items), per_call, redone)
+
+    def _again(self, planes: np.ndarray, window: Window, per_call: int, device: torch.device) -> np.ndarray:
+        """planes: [K, H, W] whose result was not finite -> their result in fp32."""
+        where = f"in the window at row {window.rows.start}, column {window.cols.start}"
+        if self.net.precision != "fp32":
+            _log.warning("the result is not finite %s (precision %s): computed again in fp32", where, self.net.precision)
+            result = self._forward(self._fp32, planes[:, None], per_call, device)[:, 0]
+            if np.isfinite(result).all():
+                return result
+        raise NumericError(
+            f"the result is not finite {where}, also in fp32 (backend {self.net.backend}); the weights or the image hold "
+            f"values that are too large"
+        )
+
+    @cached_property
+    def _fp32(self) -> FusedMemNet:
+        """The same network in fp32: on the same backend, or on the best one that computes in fp32."""
+        try:
+            return fuse(self.net.reference, self.net.backend, "fp32")
+        except BackendUnavailable:
+            return fuse(self.net.reference, "auto", "fp32")
 
     @torch.no_grad()
-    def _forward(self, planes: np.ndarray, per_call: int, device: torch.device) -> np.ndarray:
+    def _forward(self, net: FusedMemNet, planes: np.ndarray, per_call: int, device: torch.device) -> np.ndarray:
         """planes: float32 [B, 1, H, W] -> the same shape, at most per_call of them at once."""
         out = np.empty_like(planes)
         for i in range(0, len(planes), per_call):
             x = torch.from_numpy(planes[i : i + per_call]).to(device)
-            out[i : i + per_call] = (self._all_ways(x) if self.tta else self.net(x)).cpu().numpy()
+            out[i : i + per_call] = (_all_ways(net, x) if self.tta else net(x)).cpu().numpy()
         return out
 
-    def _all_ways(self, x: Tensor) -> Tensor:
-        """x [N, 1, H, W]: mean over the eight ways to turn and flip an image."""
-        total = torch.zeros_like(x)
-        for turns in range(4):
-            for flip in (False, True):
-                turned = torch.rot90(x.flip(3) if flip else x, turns, (2, 3)).contiguous()
-                back = torch.rot90(self.net(turned), -turns, (2, 3))
-                total += back.flip(3) if flip else back
-        return total / 8
+
+def _all_ways(net: FusedMemNet, x: Tensor) -> Tensor:
+    """x [N, 1, H, W]: mean over the eight ways to turn and flip an image, summed in a fixed order, in the dtype of x."""
+    total = torch.zeros_like(x)
+    for turns in range(4):
+        for flip in (False, True):
+            turned = torch.rot90(x.flip(3) if flip else x, turns, (2, 3)).contiguous()
+            back = torch.rot90(net(turned), -turns, (2, 3))
+            total += back.flip(3) if flip else back
+    return total / 8

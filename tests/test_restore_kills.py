@@ -1,0 +1,18 @@
+"""Jobs that end at random moments leave whole files only, and the next run makes exactly the rest (rows I34, J06, J08)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_fifteen_ends_at_random_moments():
+    """`python -m benchmarks.kills 200` is the long version."""
+    command = [sys.executable, "-m", "benchmarks.kills", "15", "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told["ended_by_SIGKILL"] == 15 and told["reruns"] > 0
+    assert (told["incomplete"], told["wrong_reruns"], told["wrong_codes"], told["temporary_files_left"]) == (0, 0, 0, 0)
