@@ -6,16 +6,14 @@ python -m memnet_fast.training.export RESULT FILE --validation DIR --validation-
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import click
 
 from memnet_fast.fused import fuse
+from memnet_fast.tasks import TASKS
 from memnet_fast.training.loop import load_gray_images, load_history, load_result, validate
 from memnet_fast.weights import save_weights
-
-LEVELS = (15.0, 25.0, 30.0, 50.0, 70.0)
 
 
 @click.command()
@@ -29,19 +27,17 @@ LEVELS = (15.0, 25.0, 30.0, 50.0, 70.0)
 def main(result: Path, file: Path, validation: Path, validation_name: str, data: str, hardware: str, commit: str) -> None:
     net = load_result(result)
     history = load_history(result)
-    restored = validate(fuse(net), load_gray_images(validation), LEVELS)
-    table = {f"sigma {sigma:g}": round(restored[f"sigma{sigma:g}"], 3) for sigma in LEVELS}
-    # Of noise that is neither clipped nor rounded the expectation is exact.
-    noisy = {f"sigma {sigma:g}": round(20 * math.log10(255 / sigma), 3) for sigma in LEVELS}
+    task = TASKS[history[-1].get("task", "denoise")]  # the first networks were made before there were other tasks
+    restored, degraded = validate(fuse(net), load_gray_images(validation), task)
     info = {
-        "task": "denoise",
+        "task": task.name,
         "recipe": history,
         "data": data,
         "hardware": hardware,
         "hours": round(sum(stage["hours"] for stage in history), 2),
         "commit": commit,
-        "psnr": {validation_name: table},
-        "psnr_noisy": {validation_name: noisy},
+        "psnr": {validation_name: {label: round(value, 3) for label, value in restored.items()}},
+        "psnr_degraded": {validation_name: {label: round(value, 3) for label, value in degraded.items()}},
         "head_weights": [round(w, 4) for w in net.head_weights.tolist()] if net.head_weights is not None else None,
     }
     save_weights(net, file, info)

@@ -1,4 +1,4 @@
-"""A small training loop for blind denoising: everything in memory, one process, any device.
+"""A small training loop for blind restoration: everything in memory, one process, any device.
 
 A stage trains a MemNet for a number of steps under a cosine schedule. A stage may start from the result of one with fewer
 recursions: `grow` adds recursions without changing the function, so that most steps run on the cheap, shallow network.
@@ -19,15 +19,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from memnet_fast import degrade
 from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import InputError, NumericError
+from memnet_fast.metrics import psnr
 from memnet_fast.reference import MemNet
+from memnet_fast.tasks import Task
+from memnet_fast.training.samples import ImageSet, Levels, sample_batch
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training: sizes in pixels, noise levels in grey levels of 0..255."""
+    """One stage of training: sizes in pixels; task, low, high and only as in `Levels`."""
 
     recursions: int = 6
     steps: int = 1000
@@ -38,9 +40,15 @@ class Stage:
     weight_decay: float = 1e-4
     clip: float = 1.0
     ema: float = 0.998
-    sigma_low: float = 5.0
-    sigma_high: float = 70.0
+    task: str = "denoise"
+    low: float = 5.0
+    high: float = 70.0
+    only: tuple[float, ...] = ()
     seed: int = 0
+
+    @property
+    def levels(self) -> Levels:
+        return Levels(self.task, self.low, self.high, self.only)
 
 
 def load_gray_images(folder: Path) -> list[Tensor]:
@@ -54,33 +62,14 @@ def load_gray_images(folder: Path) -> list[Tensor]:
     return images
 
 
-def sample_batch(images: list[Tensor], stage: Stage, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random crops under the eight flips and rotations, and their noisy versions: (noisy, clean), each [N, 1, P, P]."""
-    patches = []
-    p = stage.patch
-    for _ in range(stage.batch):
-        pick, top, left, turn = torch.rand(4, generator=generator).tolist()
-        image = images[int(pick * len(images))]
-        h, w = image.shape
-        if min(h, w) < p:
-            raise InputError(f"an image of {h}x{w} is smaller than the patch of {p}")
-        y, x, k = int(top * (h - p + 1)), int(left * (w - p + 1)), int(turn * 8)
-        crop = torch.rot90(image[y : y + p, x : x + p], k % 4)
-        patches.append(crop.flip(1) if k >= 4 else crop)
-    clean = torch.stack(patches).unsqueeze(1).float() / 255
-    levels = torch.rand((stage.batch, 1, 1, 1), generator=generator)
-    sigma = stage.sigma_low + (stage.sigma_high - stage.sigma_low) * levels
-    return degrade.gaussian(clean, sigma, generator), clean
-
-
-def loss_function(net: MemNet, noisy: Tensor, clean: Tensor) -> Tensor:
+def loss_function(net: MemNet, degraded: Tensor, clean: Tensor) -> Tensor:
     """Multi-supervised loss (equation 10 of the paper) with Charbonnier's distance in place of the square, which keeps high
     noise levels from drowning the low ones."""
 
     def distance(y: Tensor) -> Tensor:
         return torch.sqrt((y.float() - clean) ** 2 + 1e-6).mean()
 
-    heads = net.heads(noisy)
+    heads = net.heads(degraded)
     if net.head_weights is None:
         return distance(heads[0])
     alpha = 1 / (len(heads) + 1)
@@ -124,43 +113,44 @@ def grow(net: MemNet, recursions: int) -> MemNet:
 
 
 @torch.no_grad()
-def settle_batch_norm(net: MemNet, images: list[Tensor], stage: Stage, batches: int = 32) -> None:
+def settle_batch_norm(net: MemNet, images: ImageSet, stage: Stage, batches: int = 32) -> None:
     """Running statistics anew, as plain averages over batches, in float32: those of training lag behind the weights."""
-    generator = torch.Generator().manual_seed(stage.seed + 1)
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [m.momentum for m in norms]
     for m in norms:
         m.reset_running_stats()
         m.momentum = None
     net.train()
-    for _ in range(batches):
-        net(sample_batch(images, stage, generator)[0].to(next(net.parameters()).device))
+    for step in range(batches):
+        net(sample_batch(images, stage.batch, stage.seed, stage.steps + step)[0])
     net.eval()
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
 
 
 @torch.no_grad()
-def validate(net: nn.Module, images: list[Tensor], levels: tuple[float, ...] = (15, 30, 50, 70)) -> dict[str, float]:
-    """Mean PSNR in dB over the images for each noise level; noise from one fixed seed, nothing clipped or rounded."""
+def validate(
+    net: nn.Module, images: list[Tensor], task: Task, levels: tuple[float, ...] | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean PSNR in dB over the images for each level, by the paper's protocol: (restored, degraded). Noise has a fixed seed."""
     net.eval()
     device = next(net.parameters()).device
-    table = {}
-    for sigma in levels:
+    restored, degraded = {}, {}
+    for level in levels or task.levels:
         generator = torch.Generator().manual_seed(0)
-        values = []
+        after, before = [], []
         for image in images:
-            clean = image[None, None].float() / 255
-            noisy = degrade.gaussian(clean, sigma, generator)
-            error = net(noisy.to(device)).cpu() - clean
-            values.append(-10 * math.log10(float((error.double() ** 2).mean())))
-        table[f"sigma{sigma:g}"] = sum(values) / len(values)
-    return table
+            clean = task.clean(image[None, None].float() / 255, level)
+            given = task.degrade(clean, level, generator)
+            after.append(psnr(net(given.to(device)).cpu(), clean, task.protocol(level)))
+            before.append(psnr(given, clean, task.protocol(level)))
+        restored[task.label(level)], degraded[task.label(level)] = (sum(v) / len(v) for v in (after, before))
+    return restored, degraded
 
 
 def train_stage(
     net: MemNet,
-    images: list[Tensor],
+    images: ImageSet,
     stage: Stage,
     *,
     checkpoint: Path,
@@ -175,7 +165,6 @@ def train_stage(
     log: one JSON line for every 50 steps. Raises NumericError when the loss is not finite; the checkpoint stays.
     """
     torch.manual_seed(stage.seed)
-    generator = torch.Generator().manual_seed(stage.seed)
     net = net.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     average = MemNet(net.config).to(device)
     average.load_state_dict(net.state_dict())
@@ -191,7 +180,6 @@ def train_stage(
         net.load_state_dict(state["net"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
         step = state["step"]
     saved = time.monotonic()
     window: list[float] = []
@@ -203,9 +191,9 @@ def train_stage(
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        noisy, clean = (t.to(device) for t in sample_batch(images, stage, generator))
+        degraded, clean = sample_batch(images, stage.batch, stage.seed, step)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            loss = loss_function(net, noisy.contiguous(memory_format=torch.channels_last), clean)
+            loss = loss_function(net, degraded.contiguous(memory_format=torch.channels_last), clean)
         value = loss.item()
         if not math.isfinite(value):
             raise NumericError(f"the loss is {value} at step {step}; the last good state is in {checkpoint}")
@@ -231,7 +219,6 @@ def train_stage(
                     "net": net.state_dict(),
                     "average": average.state_dict(),
                     "optimizer": optimizer.state_dict(),
-                    "generator": generator.get_state(),
                     "step": step,
                 },
             )
