@@ -22,6 +22,8 @@ from memnet_fast.cli.denoise import denoise
 from memnet_fast.cli.doctor import doctor
 from memnet_fast.cli.messages import State, say_error
 from memnet_fast.cli.models import models
+from memnet_fast.cli.recipes import recipes
+from memnet_fast.cli.train import train
 from memnet_fast.errors import MemNetError
 
 _INTERRUPTED = 130
@@ -35,7 +37,7 @@ def memnet() -> None:
     """Restores images with MemNet, fused."""
 
 
-for _command in (denoise, convert, models, doctor, demo):
+for _command in (denoise, train, recipes, convert, models, doctor, demo):
     memnet.add_command(_command)
 
 

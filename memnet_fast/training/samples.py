@@ -48,6 +48,20 @@ class Levels:
         return (self.low + (self.high - self.low + 1) * uniform).floor()
 
 
+def least_side(levels: Levels, patch: int) -> int:
+    """How many pixels an image must have in each direction to hold a patch."""
+    if levels.task == "deblock":
+        return patch + _JPEG_BLOCK - 1
+    if levels.task == "sr":
+        return -(-patch // _common(levels)) * _common(levels)
+    return patch
+
+
+def _common(levels: Levels) -> int:
+    """What the sides of images for super-resolution are multiples of."""
+    return math.lcm(*(int(scale) for scale in levels.only))
+
+
 class ImageSet:
     """Gray images of any sizes, in memory as one row of bytes, so that a batch of crops is one indexed read.
 
@@ -60,14 +74,13 @@ class ImageSet:
         if not images:
             raise InputError("there is no image to train on")
         self.levels, self.patch = levels, patch
-        least = patch + (_JPEG_BLOCK - 1 if levels.task == "deblock" else 0)
-        if levels.task == "sr":
-            common = math.lcm(*(int(scale) for scale in levels.only))
-            images = [degrade.modcrop(image, common) for image in images]
+        least = least_side(levels, patch)
         for image in images:
             if min(image.shape) < least:
                 h, w = image.shape
                 raise InputError(f"an image of {w} x {h} is too small: a patch of {patch} needs {least} x {least}")
+        if levels.task == "sr":
+            images = [degrade.modcrop(image, _common(levels)) for image in images]
         sizes = torch.tensor([image.shape for image in images])
         self.heights, self.widths = sizes.to(device).unbind(1)
         self.starts = torch.tensor([0, *(image.numel() for image in images[:-1])], device=device).cumsum(0)
