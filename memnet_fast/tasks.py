@@ -33,7 +33,7 @@ class Task:
             if not 0 <= level <= 255:
                 raise InputError(f"the level of denoise is a standard deviation of 0..255 grey levels, got {level:g}")
         elif self.name == "deblock":
-            if level != int(level) or not 1 <= level <= 100:
+            if not 1 <= level <= 100 or level != int(level):
                 raise InputError(f"the level of deblock is a whole number of 1..100 (JPEG quality), got {level:g}")
         elif level not in (2, 3, 4):
             raise InputError(f"the level of sr is a scale of 2, 3 or 4, got {level:g}")

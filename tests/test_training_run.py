@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,9 @@ from support.recipes import image_folder, images, recipe, recipe_file
 
 pytest.importorskip("lightning", reason="training needs the extra 'train'")
 
-from memnet_fast import weights
+from support.two_processes import one_step
+
+from memnet_fast import cli, weights
 from memnet_fast.errors import CheckpointCorrupt, CheckpointMismatch, InputError, NumericError
 from memnet_fast.evaluation import mean_psnr
 from memnet_fast.tasks import TASKS
@@ -140,7 +143,9 @@ def test_the_checkpoint_of_the_real_network_is_small(tmp_path: Path) -> None:
     size = (tmp_path / "run" / "last.ckpt").stat().st_size
     assert size < 16e6 and (tmp_path / "run" / "weights.safetensors").stat().st_size < 3e6
     state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state"]
-    assert state["step"] == 1 and len(state["optimizer"]["state"]) == len(list(load_result(tmp_path / "run/result")[0].parameters()))
+    assert state["step"] == 1 and len(state["optimizer"]["state"]) == len(
+        list(load_result(tmp_path / "run/result")[0].parameters())
+    )
 
 
 def test_history_and_best_say_what_was_measured(tmp_path: Path) -> None:
@@ -151,7 +156,7 @@ def test_history_and_best_say_what_was_measured(tmp_path: Path) -> None:
     assert history[1]["images"] == 2 and history[1]["levels"] == {"low": 20, "high": 50, "only": []}
     restored, degraded = mean_psnr(net, images(), TASKS["denoise"], 50)
     assert history[1]["psnr"]["sigma 50"] == pytest.approx(restored, abs=1e-3)
-    assert history[1]["psnr_degraded"]["sigma 50"] == degraded == pytest.approx(20 * math.log10(255 / 50), abs=0.2)
+    assert history[1]["psnr_degraded"]["sigma 50"] == degraded == pytest.approx(20 * math.log10(255 / 50), abs=0.5)
     best = load_result(tmp_path / "run" / "best.result")[1][-1]
     assert sum(best["psnr"].values()) >= sum(history[1]["psnr"].values())
     info = weights.load_info(tmp_path / "run" / "weights.safetensors")
@@ -175,9 +180,7 @@ def test_starts_from_a_result_or_a_weight_file_of_fewer_recursions(tmp_path: Pat
         train(recipe(tmp_path / "again", init=where), hardware=CPU)
 
 
-def test_changed_recipe_and_data_are_refused_with_what_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changed_recipe_and_data_are_refused_with_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _StopAt.left = 1
     with monkeypatch.context() as patch:
         patch.setattr(run, "_Stopping", _StopAt)
@@ -247,7 +250,7 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path: Path) -> 
             accelerator="cpu", max_steps=1, accumulate_grad_batches=accumulate, logger=False, enable_checkpointing=False
         )
         trainer.fit(trainee)
-        steps[accumulate] = [b - p for b, p in zip(before, trainee.net.parameters(), strict=True)]
+        steps[accumulate] = [b - p.detach() for b, p in zip(before, trainee.net.parameters(), strict=True)]
     for one, three in zip(*steps.values(), strict=True):
         torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-6)
     assert max(float(s.abs().max()) for s in steps[1]) > 1e-3
@@ -319,8 +322,8 @@ def test_sigterm_saves_leaves_and_resumes_to_the_same_bits(tmp_path: Path, whole
         assert process.stderr is not None
         while "step 2 of" not in (line := process.stderr.readline()):
             assert line, "it ended before its second step"
-        second = subprocess.run(command, capture_output=True, text=True, env=_environment())
-        assert second.returncode == 2 and "another training writes into" in second.stderr
+        with pytest.raises(InputError, match="another training writes into"):
+            train(recipe(tmp_path), resume=True, hardware=CPU)
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
         assert process.wait(60) == 143, rest
@@ -343,41 +346,56 @@ def test_two_processes_train_together_and_resume(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     assert "done: " in done.stderr and done.stderr.count("stage 2, step 3 of 3") == 1
     assert len(load_result(tmp_path / "run" / "result")[1]) == 2
-    odd = subprocess.run([*command, "training.batch=3", "output=" + str(tmp_path / "odd")], capture_output=True, text=True, env=_environment())
-    assert odd.returncode != 0 and "cannot be shared by 2 processes" in odd.stderr
+    with pytest.raises(InputError, match="batch of 3 cannot be shared by 2 processes"):
+        train(recipe(tmp_path, training__batch=3), hardware=Hardware("cpu", 2))
 
 
-def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
+def test_gradients_of_two_processes_are_those_of_one_and_different_data_is_noticed(tmp_path: Path) -> None:
     recipe_file(tmp_path)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    worker = str(_TESTS / "support" / "two_processes.py")
-    environment = {**_environment(), "PYTHONPATH": os.pathsep.join([str(_TESTS), *sys.path])}
-    for command, name in (([sys.executable], "one"), (torchrun, "two")):
-        call = [*command, worker, "same", str(tmp_path), str(tmp_path / name)]
-        done = subprocess.run(call, capture_output=True, text=True, timeout=300, env=environment)
-        assert done.returncode == 0, done.stderr
-    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two"))
-    assert two["world"] == 2 and one["world"] == 1
-    largest = max(float(g.abs().max()) for g in one["step"].values())
-    for name, gradient in one["step"].items():
-        assert float((gradient - two["step"][name]).abs().max()) <= 1e-5 * largest, name
-    call = [*torchrun, worker, "different", str(tmp_path), str(tmp_path / "none")]
-    done = subprocess.run(call, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode != 0 and "do not see the same training images" in done.stderr
+    port = str(_free_port())
+    ranks = []
+    for rank in ("0", "1"):
+        environment = {**_environment(), "PYTHONPATH": os.pathsep.join([str(_TESTS), *sys.path]), "LOCAL_RANK": rank}
+        environment |= {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        call = [sys.executable, str(_TESTS / "support" / "two_processes.py"), str(tmp_path)]
+        ranks.append(subprocess.Popen(call, stderr=subprocess.PIPE, text=True, env=environment))
+    for process in ranks:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    two = torch.load(tmp_path / "step", weights_only=True)
+    one = one_step(tmp_path, 1)
+    largest = max(float(g.abs().max()) for g in one.values())
+    assert largest > 1e-3
+    for name, gradient in one.items():
+        assert float((gradient - two[name]).abs().max()) <= 1e-5 * largest, name
+    assert "do not see the same training images" in (tmp_path / "refused").read_text()
 
 
-def test_recipes_are_listed_copied_and_named_when_wrong(tmp_path: Path) -> None:
-    def memnet(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*MEMNET, *words], capture_output=True, text=True, cwd=tmp_path, env=_environment())
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_recipes_are_listed_copied_and_named_when_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def memnet(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            cli.main(words)
+        return (left.value.code, *capsys.readouterr())  # type: ignore[return-value]
 
     listed = memnet("recipes")
-    assert listed.returncode == 0 and "denoise_paper" in listed.stdout and listed.stdout == memnet("recipes", "ls").stdout
-    assert memnet("recipes", "cp", "sr").returncode == 0 and (tmp_path / "sr.toml").exists()
-    again = memnet("recipes", "cp", "sr")
-    assert again.returncode == 2 and "exists already" in again.stderr
-    wrong = memnet("train", "nothing")
-    assert wrong.returncode == 2 and "there is no recipe and no file 'nothing'" in wrong.stderr
-    assert len(wrong.stderr.splitlines()) == 1
+    assert listed[0] == 0 and "denoise_paper" in listed[1] and listed[1] == memnet("recipes", "ls")[1]
+    assert memnet("recipes", "cp", "sr")[0] == 0 and (tmp_path / "sr.toml").exists()
+    code, _, said = memnet("recipes", "cp", "sr")
+    assert code == 2 and "exists already" in said
+    code, _, said = memnet("train", "nothing")
+    assert code == 2 and "there is no recipe and no file 'nothing'" in said and len(said.splitlines()) == 1
+    code, _, said = memnet("train", "sr.toml", "data=nowhere")
+    assert code == 2 and "there is no folder 'nowhere'" in said and len(said.splitlines()) == 1
 
 
 def test_results_read_back_with_their_history(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from memnet_fast.cli.convert import convert
 from memnet_fast.cli.demo import demo
 from memnet_fast.cli.denoise import denoise
 from memnet_fast.cli.doctor import doctor
+from memnet_fast.cli.eval import evaluate
 from memnet_fast.cli.messages import State, say_error
 from memnet_fast.cli.models import models
 from memnet_fast.cli.recipes import recipes
@@ -37,7 +38,7 @@ def memnet() -> None:
     """Restores images with MemNet, fused."""
 
 
-for _command in (denoise, train, recipes, convert, models, doctor, demo):
+for _command in (denoise, evaluate, train, recipes, convert, models, doctor, demo):
     memnet.add_command(_command)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.data import DataLoader, IterableDataset
 
-from memnet_fast.errors import InputError, NumericError
+from memnet_fast.errors import NumericError
 from memnet_fast.reference import MemNet
 from memnet_fast.training import lean
 from memnet_fast.training.losses import multi_supervised
@@ -99,8 +99,6 @@ class StageModule(lightning.LightningModule):
         return DataLoader(_Ticks(), batch_size=None)
 
     def on_fit_start(self) -> None:
-        if self.stage.batch % self.trainer.world_size:
-            raise InputError(f"a batch of {self.stage.batch} cannot be shared by {self.trainer.world_size} processes")
         self._images = ImageSet(self._source, self.recipe.levels, self.stage.patch, self.device)
         self._clock = time.monotonic()
 

@@ -129,6 +129,10 @@ def train(
         raise InputError("the recipe names no output folder; add output=FOLDER")
     if max_minutes is not None and not max_minutes > 0:
         raise InputError(f"max_minutes must be positive, got {max_minutes}")
+    world = hardware.devices * hardware.nodes
+    for stage in recipe.stages:
+        if stage.batch % world:
+            raise InputError(f"a batch of {stage.batch} cannot be shared by {world} processes")
     stopping = _Stopping(max_minutes)
     least = max(least_side(recipe.levels, stage.patch) for stage in recipe.stages)
     images = data.load_gray_images(recipe.data, least)
@@ -379,10 +383,12 @@ class _Watch(Callback):
         self._run = run
         self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         digests = trainer.strategy.all_gather(torch.tensor(list(bytes.fromhex(self._run.digest)), device=pl_module.device))
         if not bool((digests.reshape(-1, 32) == digests.reshape(-1, 32)[0]).all()):
             raise InputError("the processes do not see the same training images")

@@ -1,7 +1,6 @@
-"""One step of a training with frozen batch statistics, in as many processes as torchrun says.
-
-python two_processes.py same|different FOLDER OUTPUT: writes the step of every parameter; "different" gives each process its
-own images.
+"""One step of a training with frozen batch statistics, shared by two processes: python two_processes.py FOLDER, with
+LOCAL_RANK and MASTER_PORT in the environment. Writes `step` (of every parameter) and, of a second training in which each
+process has its own images, `refused` (what it was told).
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ from pathlib import Path
 
 import lightning
 import torch
+from torch import Tensor
 
+from memnet_fast.errors import InputError
 from memnet_fast.reference import MemNet
 from memnet_fast.training import run
 from memnet_fast.training.module import StageModule
@@ -26,15 +27,15 @@ class _Frozen(StageModule):
         self.net.eval()
 
 
-def main(kind: str, folder: Path, output: Path) -> None:
+def one_step(folder: Path, world: int, count: int = 2) -> dict[str, Tensor]:
+    """What one step of SGD with a rate of 1 subtracts from each parameter. count: of the images."""
     loaded = recipe(folder, training__batch=4)
     still = {"clip": 0.0, "steps": 1, "warmup": 0, "lr": 1.0, "weight_decay": 0.0, "ema": 0.0}
     stage = dataclasses.replace(loaded.stages[0], optimizer="sgd", **still)
     loaded = dataclasses.replace(loaded, stages=(stage,))
+    mine = images()[:count]
     torch.manual_seed(0)
-    module = _Frozen(MemNet(dataclasses.replace(loaded.network, num_recursions=1)), loaded, 0, images(), lambda m: None)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    mine = images() if kind == "same" else images()[: 1 + int(os.environ.get("RANK", 0))]
+    module = _Frozen(MemNet(dataclasses.replace(loaded.network, num_recursions=1)), loaded, 0, mine, lambda m: None)
     started = run._Run(loaded, folder / "run", mine, [], run.Hardware("cpu", world), run._Stopping(None))
     before = {name: p.detach().clone() for name, p in module.net.named_parameters()}
     trainer = lightning.Trainer(
@@ -44,13 +45,25 @@ def main(kind: str, folder: Path, output: Path) -> None:
         max_steps=1,
         logger=False,
         enable_checkpointing=False,
+        enable_progress_bar=False,
         callbacks=[run._Watch(started)],
     )
     trainer.fit(module)
-    if trainer.global_rank == 0:
-        step = {name: before[name] - p.detach() for name, p in module.net.named_parameters()}
-        torch.save({"world": trainer.world_size, "step": step}, output)
+    assert trainer.world_size == world and module.step == 1
+    return {name: before[name] - p.detach() for name, p in module.net.named_parameters()}
+
+
+def main(folder: Path) -> None:
+    rank = int(os.environ["LOCAL_RANK"])
+    step = one_step(folder, 2)
+    if rank == 0:
+        torch.save(step, folder / "step")
+    try:
+        one_step(folder, 2, 1 + rank)
+    except InputError as error:
+        if rank == 0:
+            (folder / "refused").write_text(str(error))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]))
