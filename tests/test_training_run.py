@@ -193,6 +193,8 @@ def test_changed_recipe_and_data_are_refused_with_what_changed(tmp_path: Path, m
     ):
         with pytest.raises(CheckpointMismatch, match=said):
             train(recipe(tmp_path, **changes), resume=True, hardware=CPU)
+    with pytest.raises(CheckpointMismatch, match="cannot go on as another network or task .network.channels: 4 -> 8"):
+        train(recipe(tmp_path, network__channels=8), resume=True, override=True, hardware=CPU)
     Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / "data" / "more.png")
     with pytest.raises(CheckpointMismatch, match="data: other images"):
         train(recipe(tmp_path), resume=True, hardware=CPU)

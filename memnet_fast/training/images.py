@@ -38,6 +38,8 @@ def load_gray_images(folder: str | os.PathLike[str], least: int = 1) -> list[Ten
     for path in paths:
         try:
             with Image.open(path, formats=_FORMATS) as image:
+                if image.mode.startswith(("I", "F")):
+                    raise ValueError(f"mode {image.mode}: only 8-bit images are read")  # Pillow would clip them
                 pixels = np.array(image.convert("L"))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             bad.append(f"{path}: {error}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.data import DataLoader, IterableDataset
 
-from memnet_fast.errors import NumericError
+from memnet_fast.errors import CheckpointMismatch, NumericError
 from memnet_fast.reference import MemNet
 from memnet_fast.training import lean
 from memnet_fast.training.losses import multi_supervised
@@ -104,7 +104,10 @@ class StageModule(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         if self._optimizer_state is not None:
-            self.optimizers().optimizer.load_state_dict(self._optimizer_state)  # type: ignore[union-attr]
+            try:
+                self.optimizers().optimizer.load_state_dict(self._optimizer_state)  # type: ignore[union-attr]
+            except (ValueError, KeyError) as error:
+                raise CheckpointMismatch(f"the checkpoint holds the state of another optimiser: {error}") from error
             self._optimizer_state = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -225,6 +225,9 @@ class _Run:
         changes = differences(json.loads(saved["recipe"]), self.recipe.to_dict())
         if saved["data"] != self.digest:
             changes.append("data: other images")
+        fixed = [change for change in changes if change.startswith(("network.", "task"))]
+        if fixed:
+            raise CheckpointMismatch(f"{self.last} cannot go on as another network or task ({'; '.join(fixed)})")
         if changes and not override:
             raise CheckpointMismatch(f"the recipe differs from that of {self.last} ({'; '.join(changes)}); --override goes on")
         if changes:
@@ -295,7 +298,7 @@ class _Run:
         if module.step % self.recipe.log_every == 0 or done:
             self._say(module, f"loss {module.last_loss:.5f}, learning rate {module.stage.rate(module.step - 1):.3g}")
         if self.recipe.validate_every and module.step % self.recipe.validate_every == 0 and not done:
-            self._validate(module)
+            self._validate(module, module.result())
         stop = module.trainer.strategy.reduce_boolean_decision(self.stopping.due, all=False)
         if done:
             self._finish(module)
@@ -315,11 +318,10 @@ class _Run:
             checkpoint |= {"data": self.digest, "config": config.to_dict(), "stage": stage, "best": self.best}
             write_state(self.last, {**checkpoint, "history": json.dumps(self.history), "state": state})
 
-    def _validate(self, module: StageModule) -> dict[str, dict[str, float]]:
-        """Measures and keeps the best; on the first process, while the others wait."""
+    def _validate(self, module: StageModule, net: MemNet) -> dict[str, dict[str, float]]:
+        """Measures the module's result and keeps the best; on the first process, while the others wait."""
         tables: dict[str, dict[str, float]] = {}
         if _first_process() and self.validation:
-            net = module.result()
             tables = self._measure(net)
             mean = sum(tables["psnr"].values()) / len(tables["psnr"])
             self._say(module, "PSNR " + ", ".join(f"{label} {value:.2f}" for label, value in tables["psnr"].items()))
@@ -360,9 +362,10 @@ class _Run:
 
     def _finish(self, module: StageModule) -> None:
         """The stage's network, the same on every process; its files come before the checkpoint that says it is done."""
-        tables = self._validate(module)
         state = module.checked_state()
-        net = module.result().cpu()
+        net = module.result()
+        tables = self._validate(module, net)
+        net = net.cpu()
         self.history = [*self.history, {**self._record(module), **tables}]
         last = self.stage + 1 == len(self.recipe.stages)
         if _first_process():
