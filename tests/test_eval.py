@@ -172,6 +172,13 @@ def test_bad_files_are_named_and_the_others_measured(folder: Path, capsys: pytes
         evaluation.read_image(folder / "set" / "c.png")
 
 
+def test_infinite_psnr_is_valid_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["eval", "--task", "denoise", "--level", 0, "--data", folder / "set", "-n", folder / "w.safetensors", "--json", "-"]
+    code, out, _ = _memnet(capsys, *words)
+    row = json.loads(out, parse_constant=lambda name: pytest.fail(name))["levels"][0]["images"][0]
+    assert code == 0 and row["psnr_degraded"] is None and isinstance(row["psnr"], float)
+
+
 def test_exit_codes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = ["--data", folder / "set", "-n", folder / "w.safetensors"]
     (folder / "none").mkdir()

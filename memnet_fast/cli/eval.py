@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 import warnings
@@ -111,8 +112,17 @@ def _level(label: str, scores: list[Score], seconds: float) -> dict[str, Any]:
     return {"level": label, "images": rows, "mean": dataclasses.asdict(mean(scores)) if scores else None, "seconds": seconds}
 
 
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: the PSNR of equal images becomes null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _show(report: dict[str, Any], baseline: str, json_file: str | None) -> None:
-    text = json.dumps(report, indent=1, allow_nan=True) + "\n"
+    text = json.dumps(_finite(report), indent=1, allow_nan=False) + "\n"
     if json_file == "-":
         click.echo(text, nl=False)
         return

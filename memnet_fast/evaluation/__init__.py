@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from memnet_fast import metrics
-from memnet_fast.errors import ImageCorrupt, InputError
+from memnet_fast.errors import ImageCorrupt, InputError, MemNetError
 from memnet_fast.metrics import Protocol
 from memnet_fast.restore.color import luma
 from memnet_fast.tasks import Task
@@ -107,13 +107,13 @@ def score(name: str, image: np.ndarray, restore: Restore, task: Task, level: flo
 
 def evaluate(
     files: list[Path], restore: Restore, task: Task, level: float, protocol: str = "paper", seed: int = 0
-) -> Iterator[Score | tuple[Path, Exception]]:
+) -> Iterator[Score | tuple[Path, MemNetError]]:
     """A score for each file, or the error that one file met; noise of file i comes from seed + i."""
     task.check(level)
     for i, path in enumerate(files):
         try:
             yield score(path.name, read_image(path), restore, task, level, protocol, seed + i)
-        except Exception as error:  # one bad file must not end the others
+        except MemNetError as error:  # one bad file must not end the others
             yield path, error
 
 
