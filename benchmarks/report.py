@@ -50,12 +50,13 @@ def forward_table(path: Path) -> str:
 
 def weights_table() -> str:
     """What the bundled weights reach, from their own metadata."""
-    lines = ["| weights | data | noise level | PSNR noisy, dB | PSNR restored, dB |", "|---|---|---|---|---|"]
+    lines = ["| weights | data | level | PSNR degraded, dB | PSNR restored, dB |", "|---|---|---|---|---|"]
     for name, path in weights.bundled().items():
         info = weights.load_info(path)
+        before = info.get("psnr_degraded") or info["psnr_noisy"]  # the older name
         for data, levels in info["psnr"].items():
             for level, restored in levels.items():
-                lines.append(f"| `{name}` | {data} | {level} | {info['psnr_noisy'][data][level]:.2f} | {restored:.2f} |")
+                lines.append(f"| `{name}` | {data} | {level} | {before[data][level]:.2f} | {restored:.2f} |")
     return "\n".join(lines) + "\n"
 
 

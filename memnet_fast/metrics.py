@@ -21,7 +21,7 @@ Channel = Literal["all", "gray", "y"]
 # MATLAB: rgb2gray, and rgb2ycbcr's Y (16..235) of values in 0..1.
 _MATLAB_GRAY = (0.298936021293775, 0.587043074451121, 0.114020904255103)
 _MATLAB_Y, _MATLAB_Y_OFFSET = (65.481, 128.553, 24.966), 16.0
-_SSIM_WINDOW = 11
+SSIM_WINDOW = 11
 
 
 def scikit_image(module: str) -> ModuleType:
@@ -93,13 +93,20 @@ def ssim(a: Any, b: Any, protocol: Protocol = PLAIN) -> float:
     metrics = scikit_image("metrics")
     values = []
     for x, y in _pairs(a, b, protocol):
-        if min(x.shape[:2]) < _SSIM_WINDOW:
-            raise InputError(f"SSIM needs at least {_SSIM_WINDOW} x {_SSIM_WINDOW} pixels, got {x.shape[1]} x {x.shape[0]}")
+        if min(x.shape[:2]) < SSIM_WINDOW:
+            raise InputError(f"SSIM needs at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, got {x.shape[1]} x {x.shape[0]}")
         value = metrics.structural_similarity(
             x, y, data_range=255, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
         )
         values.append(float(value))
     return float(np.mean(values))
+
+
+def one_channel(rgb: np.ndarray, channel: Literal["gray", "y"]) -> np.ndarray:
+    """MATLAB's rgb2gray, or the Y (16..235) of its rgb2ycbcr, not rounded: [..., 3] floats in 0..255 -> [...]."""
+    if channel == "gray":
+        return rgb @ np.array(_MATLAB_GRAY)
+    return rgb @ np.array(_MATLAB_Y) / 255 + _MATLAB_Y_OFFSET
 
 
 def _pairs(a: Any, b: Any, protocol: Protocol) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -136,10 +143,8 @@ def _levels(image: Any) -> np.ndarray:
 
 def _seen(levels: np.ndarray, protocol: Protocol) -> np.ndarray:
     """levels: [H, W, C] -> what the protocol compares, [h, w, 1 or C]."""
-    if levels.shape[-1] == 3 and protocol.channel == "gray":
-        levels = (levels @ np.array(_MATLAB_GRAY))[..., None]
-    elif levels.shape[-1] == 3 and protocol.channel == "y":
-        levels = (levels @ np.array(_MATLAB_Y) / 255 + _MATLAB_Y_OFFSET)[..., None]
+    if levels.shape[-1] == 3 and protocol.channel != "all":
+        levels = one_channel(levels, protocol.channel)[..., None]
     if protocol.rounded:
         levels = np.clip(np.floor(levels + 0.5), 0, 255)  # as MATLAB's uint8()
     if protocol.shave:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import InputError
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_input(x: Tensor, config: MemNetConfig, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
@@ -126,7 +126,7 @@ class MemNet(nn.Module):
     def heads(self, x: Tensor) -> list[Tensor]:
         weight = self.first.conv.weight
         autocast = torch.is_autocast_enabled(weight.device.type)
-        check_input(x, self.config, _FLOATS if autocast else (weight.dtype,), weight.device)
+        check_input(x, self.config, FLOATS if autocast else (weight.dtype,), weight.device)
         long = [self.first(x)]
         for block in self.blocks:
             long.append(block(long))

@@ -1,96 +1,29 @@
-"""The small training loop: it learns, it resumes bit by bit, it stops on nonsense, it grows without changing the function."""
+"""The parts of training: losses, growing, images, recipes, optimisers, the weight file of a result."""
 
 from __future__ import annotations
 
-import json
-import math
-import subprocess
-import sys
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.recipes import image_folder, images, recipe, recipe_file
 
-from memnet_fast import degrade, weights
+from memnet_fast import weights
 from memnet_fast.config import MemNetConfig
-from memnet_fast.errors import InputError, NumericError
+from memnet_fast.errors import InputError
+from memnet_fast.evaluation import mean_psnr
 from memnet_fast.reference import MemNet
-from memnet_fast.training import export, loop
-from memnet_fast.training.loop import Stage
+from memnet_fast.tasks import TASKS
+from memnet_fast.training import export
+from memnet_fast.training.images import digest, load_gray_images
+from memnet_fast.training.losses import multi_supervised
+from memnet_fast.training.recipe import Stage, bundled, differences, load_recipe
+from memnet_fast.training.results import grow, save_result
 
 TINY = MemNetConfig(channels=8, num_memory_blocks=2, num_recursions=1)
-STAGE = Stage(recursions=1, steps=6, batch=2, patch=16, warmup=2, lr=2e-3)
-
-
-@pytest.fixture
-def images() -> list[torch.Tensor]:
-    y, x = torch.meshgrid(torch.arange(40), torch.arange(48), indexing="ij")
-    return [(128 + 100 * torch.sin(x / (3 + k)) * torch.cos(y / 7)).to(torch.uint8) for k in (2, 3)]
-
-
-def _new(seed: int = 0) -> MemNet:
-    torch.manual_seed(seed)
-    return MemNet(TINY)
-
-
-def test_two_images_are_learnt(images: list[torch.Tensor], tmp_path: Path) -> None:
-    stage = Stage(recursions=1, steps=200, batch=4, patch=24, warmup=10, lr=5e-3, sigma_low=30, sigma_high=50, ema=0.9)
-    net = loop.train_stage(_new(), images, stage, checkpoint=tmp_path / "c", log=tmp_path / "log", bf16=False)
-    table = loop.validate(net, images, (40,))
-    noisy = 20 * math.log10(255 / 40)
-    assert table["sigma40"] > noisy + 3
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "log").read_text().splitlines()]
-    assert len(losses) == 4 and losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize("stop", [1, 3, 5])
-def test_interrupted_and_resumed_is_the_same(
-    images: list[torch.Tensor], tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = loop.train_stage(_new(), images, STAGE, checkpoint=tmp_path / "a", save_every=0)
-    calls = 0
-    original = loop.loss_function
-
-    def interrupted(*args: object) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls > stop:
-            raise KeyboardInterrupt
-        return original(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loop, "loss_function", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        loop.train_stage(_new(), images, STAGE, checkpoint=tmp_path / "b", save_every=0)
-    monkeypatch.setattr(loop, "loss_function", original)
-    resumed = loop.train_stage(_new(7), images, STAGE, checkpoint=tmp_path / "b", save_every=0)
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
-
-
-def test_checkpoint_of_another_stage_is_refused(images: list[torch.Tensor], tmp_path: Path) -> None:
-    loop.train_stage(_new(), images, STAGE, checkpoint=tmp_path / "c")
-    with pytest.raises(InputError, match="another stage"):
-        loop.train_stage(_new(), images, Stage(recursions=1, steps=7), checkpoint=tmp_path / "c")
-
-
-def test_nan_stops_and_keeps_the_last_good_state(
-    images: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, calls = loop.loss_function, 0
-
-    def poisoned(*args: object) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        return original(*args) * (float("nan") if calls == 4 else 1)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loop, "loss_function", poisoned)
-    with pytest.raises(NumericError, match="step 3"):
-        loop.train_stage(_new(), images, STAGE, checkpoint=tmp_path / "c", save_every=0)
-    state = torch.load(tmp_path / "c", weights_only=True)
-    assert state["step"] == 3
-    assert all(torch.isfinite(v.float()).all() for v in state["net"].values())
 
 
 @pytest.mark.parametrize("order", ["long_short", "short_long"])
@@ -100,7 +33,7 @@ def test_growing_keeps_the_function(order: str) -> None:
     for _ in range(2):
         net(torch.rand(3, 1, 16, 16))
     net.eval()
-    grown = loop.grow(net, 4).eval()
+    grown = grow(net, 4).eval()
     x = torch.rand(2, 1, 11, 13)
     assert grown.config.num_recursions == 4
     torch.testing.assert_close(grown(x), net(x), rtol=1e-5, atol=1e-6)
@@ -109,54 +42,158 @@ def test_growing_keeps_the_function(order: str) -> None:
     # The new memories are read with zero weights, and must learn all the same.
     assert grown.blocks[0].gate.conv.weight.grad[:, 3 * 8 :].abs().sum() > 0
     with pytest.raises(InputError):
-        loop.grow(grown, 2)
+        grow(grown, 2)
 
 
-def test_samples_come_from_the_seed(images: list[torch.Tensor]) -> None:
-    one, two, other = (loop.sample_batch(images, STAGE, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
-    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1]) and not torch.equal(one[0], other[0])
-    with pytest.raises(InputError, match="smaller than the patch"):
-        loop.sample_batch(images, Stage(patch=64), torch.Generator())
+def test_the_loss_is_equation_10() -> None:
+    """alpha / 2N |y - gt|^2 + (1 - alpha) / 2MN sum |y_m - gt|^2, alpha = 1 / (M + 1), over pixels."""
+    heads = [torch.rand(3, 1, 5, 7, dtype=torch.float64) for _ in range(4)]
+    weights_, clean = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64), torch.rand(3, 1, 5, 7, dtype=torch.float64)
+    y = sum(w * h for w, h in zip(weights_, heads, strict=True))
+    alpha, n = 1 / 5, clean.numel()
+    expected = alpha / 2 / n * ((y - clean) ** 2).sum() + (1 - alpha) / (2 * 4 * n) * sum(
+        ((h - clean) ** 2).sum() for h in heads
+    )
+    torch.testing.assert_close(multi_supervised(heads, weights_, clean, "square").double(), expected, rtol=1e-6, atol=0)
+    single = multi_supervised(heads[:1], None, clean, "square").double()
+    torch.testing.assert_close(single, ((heads[0] - clean) ** 2).mean() / 2, rtol=1e-6, atol=0)
+    near = multi_supervised([clean + 0.1], None, clean, "charbonnier")
+    assert float(near) == pytest.approx((0.01 + 1e-6) ** 0.5)
+    with pytest.raises(InputError, match="charbonnier"):
+        multi_supervised(heads, weights_, clean, "cubic")
 
 
-def test_noise_has_the_asked_level_and_is_not_clipped() -> None:
-    clean = torch.zeros(2, 1, 200, 200)
-    sigma = torch.tensor([10.0, 50.0]).view(2, 1, 1, 1)
-    noisy = degrade.gaussian(clean, sigma, torch.Generator().manual_seed(0))
-    assert noisy.min() < 0
-    # The standard error of a standard deviation over 40,000 values is 0.35 %.
-    assert torch.allclose(255 * noisy.std((1, 2, 3)), sigma.flatten(), rtol=0.02)
+def test_rates_follow_the_schedule() -> None:
+    cosine = Stage(1, 110, lr=2.0, warmup=10)
+    assert [cosine.rate(0), cosine.rate(9), cosine.rate(10)] == pytest.approx([0.2, 2.0, 2.0])
+    assert cosine.rate(60) == pytest.approx(2 * 0.505) and cosine.rate(110) == pytest.approx(0.02)
+    steps = Stage(1, 100, lr=1.0, warmup=0, schedule="step", decay_every=10)
+    assert [steps.rate(k) for k in (0, 9, 10, 29)] == pytest.approx([1, 1, 0.1, 0.01])
+    assert Stage(1, 100, lr=0.5, warmup=0, schedule="constant").rate(99) == 0.5
 
 
-def test_command_trains_a_folder(tmp_path: Path, images: list[torch.Tensor]) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for i, image in enumerate(images):
-        Image.fromarray(np.asarray(image)).save(data / f"{i}.png")
-    command = [sys.executable, "-m", "memnet_fast.training", "--data", str(data), "--validation", str(data), "--work"]
-    command += [str(tmp_path / "work"), "--recursions", "1", "--steps", "2", "--batch", "1", "--patch", "16", "--warmup", "1"]
-    done = subprocess.run([*command, "--name", "one"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout)
-    assert record["steps"] == 2 and record["psnr"].keys() == {"sigma15", "sigma30", "sigma50", "sigma70"}
-    net = loop.load_result(tmp_path / "work" / "one.result")
-    assert net.config.num_recursions == 1
-    more = [*command, "--name", "two", "--init", str(tmp_path / "work" / "one.result")]
-    more[more.index("--recursions") + 1] = "2"
-    done = subprocess.run(more, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert [r["name"] for r in loop.load_history(tmp_path / "work" / "two.result")] == ["one", "two"]
+def test_folder_is_read_whole_and_bad_files_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = image_folder(tmp_path / "data")
+    for k in range(20):
+        Image.fromarray(np.full((30, 31, 3), (k, 2 * k, 0), np.uint8)).save(folder / f"colour{k:02}.png")
+    (folder / "below").mkdir()
+    Image.fromarray(np.zeros((20, 20), bool)).save(folder / "below" / "bits.tif")
+    (folder / "notes.txt").write_text("not an image")
+    for k in range(10):
+        Image.fromarray(np.full((40, 40), k, np.uint8)).save(folder / f"gray{k}.png")
+    Image.fromarray(np.full((40, 40), 50_000, np.uint16)).save(folder / "deep.png")
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:100])
+    Image.fromarray(np.zeros((1, 1), np.uint8)).save(folder / "tiny.png")
+    found = load_gray_images(folder, 10)
+    assert len(found) == 33 and all(i.dtype == torch.uint8 and i.ndim == 2 for i in found)
+    assert "3 of 36 images" in caplog.text and "broken.png" in caplog.text
+    with pytest.raises(InputError, match="24 of 36 images"):
+        load_gray_images(folder, 31)
+    assert digest(found) == digest(load_gray_images(folder, 10)) != digest(found[:-1]) != digest(found[1:])
 
 
-def test_export_states_what_was_measured(tmp_path: Path, images: list[torch.Tensor]) -> None:
-    net = loop.train_stage(_new(), images, STAGE, checkpoint=tmp_path / "c")
-    loop.save_result(net, [{"name": "a", "hours": 0.5}, {"name": "b", "hours": 0.25}], tmp_path / "r")
-    data = tmp_path / "data"
-    data.mkdir()
-    Image.fromarray(np.asarray(images[0])).save(data / "0.png")
+@pytest.mark.parametrize("name", list(bundled()))
+def test_bundled_recipes_are_sound_and_are_themselves_again(name: str) -> None:
+    loaded = load_recipe(name)
+    assert loaded.task == name.removesuffix("_paper") and loaded.network.num_recursions == 6
+    assert not differences(loaded.to_dict(), load_recipe(name, ("data=x", "output=y", "save_minutes=1")).to_dict())
+    if name.endswith("_paper"):
+        (stage,) = loaded.stages
+        assert (stage.patch, stage.batch, stage.lr, stage.optimizer, stage.loss) == (31, 64, 0.1, "sgd", "square")
+        assert stage.clip / stage.rate(0) == pytest.approx(0.1) and loaded.head_start == 1
+
+
+def test_overrides_hold_for_all_stages_or_for_one(tmp_path: Path) -> None:
+    both = recipe(tmp_path, training__batch=6)
+    assert [s.batch for s in both.stages] == [6, 6]
+    one = recipe(tmp_path, stages__1__batch=6)
+    assert [s.batch for s in one.stages] == [2, 6]
+    assert load_recipe("sr", ("training.lr=0.5",)).stages[1].lr == 0.5
+    assert load_recipe("denoise", ("data=some where/x",)).data == "some where/x"
+    assert differences(both.to_dict(), one.to_dict()) == ["stages.0.batch: 6 -> 2"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed=true", "seed must be a whole number"),
+        ("seed=-1", "must not be negative"),
+        ("sed=1", "unknown: sed"),
+        ("training.momentum=1", "unknown: stages.0.momentum"),
+        ("training.lr='fast'", "lr must be a number"),
+        ("training.lr=nan", "lr must be a number"),
+        ("training.lr=-1.0", "lr must not be negative"),
+        ("training.batch=0", "batch must be at least 1"),
+        ("training.ema=1.0", "ema"),
+        ("training.memory=thin", "memory must be one of"),
+        ("training.sync_batchnorm=true", "sync_batchnorm needs"),
+        ("training.schedule=step", "decay_every"),
+        ("levels.only=[30, 'x']", "only must be a list of numbers"),
+        ("levels.only=[300]", "0..255"),
+        ("levels.low=60", "above the highest"),
+        ("network.preset=memnet_m9", "unknown preset"),
+        ("network.num_recursions=2", "recursions of the network"),
+        ("network.in_channels=3", "in_channels"),
+        ("stages.5.steps=1", "names nothing"),
+        ("stages=[]", "no stage"),
+        ("task=colourise", "unknown task"),
+        ("output", "KEY=VALUE"),
+    ],
+)
+def test_wrong_recipes_are_named(tmp_path: Path, override: str, said: str) -> None:
+    with pytest.raises(InputError, match=said) as raised:
+        load_recipe(recipe_file(tmp_path), (override,))
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    files = {b"a = ": "not a TOML", b"\xff\xfe": "not a TOML", b"": "names no task", b'task = "sr"': "no stage"}
+    for content, said in files.items():
+        (tmp_path / "r.toml").write_bytes(content)
+        with pytest.raises(InputError, match=said):
+            load_recipe(tmp_path / "r.toml")
+    with pytest.raises(InputError, match="cannot read"):
+        load_recipe(tmp_path)
+
+
+@pytest.mark.parametrize(("task", "label"), [("denoise", "sigma 50"), ("deblock", "Q 10"), ("sr", "x3")])
+def test_export_states_what_was_measured(tmp_path: Path, task: str, label: str) -> None:
+    torch.manual_seed(0)
+    net = MemNet(TINY).eval()
+    history = [{"name": "a", "hours": 0.5}, {"name": "b", "hours": 0.25, "task": task, "images": 2}]
+    save_result(net, history, tmp_path / "r")
     words = ["--validation-name", "V", "--data", "D", "--hardware", "H", "--commit", "0"]
-    export.main([str(tmp_path / "r"), str(tmp_path / "w"), "--validation", str(data), *words], standalone_mode=False)
+    folder = image_folder(tmp_path / "data")
+    export.main([str(tmp_path / "r"), str(tmp_path / "w"), "--validation", str(folder), *words], standalone_mode=False)
     info = weights.load_info(tmp_path / "w")
-    assert info["hours"] == 0.75 and len(info["head_weights"]) == 2
-    assert info["psnr_noisy"]["V"]["sigma 50"] == 14.151
-    assert info["psnr"]["V"]["sigma 50"] == pytest.approx(loop.validate(net, images[:1], (50,))["sigma50"], abs=1e-3)
+    assert info["task"] == task and info["hours"] == 0.75 and len(info["head_weights"]) == 2 and info["recipe"] == history
+    level = TASKS[task].levels[[TASKS[task].label(v) for v in TASKS[task].levels].index(label)]
+    restored, degraded = mean_psnr(net, images(), TASKS[task], level)
+    assert info["psnr"]["V"][label] == pytest.approx(restored, abs=2e-3)
+    assert info["psnr_degraded"]["V"][label] == pytest.approx(degraded, abs=1e-3)
+    assert 0 < info["ssim"]["V"][label] < 1 and 0 < info["ssim_degraded"]["V"][label] < 1
+    exact = weights.load_weights(tmp_path / "w").state_dict()
+    export.main(
+        [str(tmp_path / "r"), str(tmp_path / "h"), "--half", "--validation", str(folder), *words], standalone_mode=False
+    )
+    half = weights.load_weights(tmp_path / "h").state_dict()
+    assert (tmp_path / "h").stat().st_size < 0.75 * (tmp_path / "w").stat().st_size
+    for name, value in exact.items():
+        assert torch.equal(half[name], value.half().float() if value.ndim == 4 else value), name
+
+
+def test_paper_optimiser_and_modern_optimiser_treat_parameters_as_stated(tmp_path: Path) -> None:
+    pytest.importorskip("lightning", reason="training needs the extra 'train'")
+    from memnet_fast.training.module import StageModule
+
+    for name, decays, factors in (("denoise_paper", {1e-4}, {0.1, 1.0}), ("denoise", {0.0, 1e-4}, {1.0})):
+        loaded = load_recipe(name, ("network.channels=4",))
+        config = dataclasses.replace(loaded.network, num_recursions=loaded.stages[0].recursions)
+        module = StageModule(MemNet(config), loaded, 0, images(), lambda m: None)
+        groups = module.configure_optimizers().param_groups
+        assert {g["weight_decay"] for g in groups} == decays and {g["factor"] for g in groups} == factors
+        ids = [id(p) for g in groups for p in g["params"]]
+        assert sorted(ids) == sorted(id(p) for p in module.net.parameters())
+        biases = {id(m.bias) for m in module.net.modules() if isinstance(m, torch.nn.Conv2d)}
+        if name == "denoise_paper":
+            assert {id(p) for g in groups if g["factor"] == 0.1 for p in g["params"]} == biases

@@ -19,9 +19,12 @@ from memnet_fast import __version__
 from memnet_fast.cli.convert import convert
 from memnet_fast.cli.demo import demo
 from memnet_fast.cli.doctor import doctor
+from memnet_fast.cli.eval import evaluate
 from memnet_fast.cli.messages import State, say_error
 from memnet_fast.cli.models import models
+from memnet_fast.cli.recipes import recipes
 from memnet_fast.cli.restore import deblock, denoise, sr
+from memnet_fast.cli.train import train
 from memnet_fast.errors import MemNetError
 
 _INTERRUPTED = 130
@@ -35,7 +38,7 @@ def memnet() -> None:
     """Restores images with MemNet, fused."""
 
 
-for _command in (denoise, deblock, sr, convert, models, doctor, demo):
+for _command in (denoise, deblock, sr, evaluate, train, recipes, convert, models, doctor, demo):
     memnet.add_command(_command)
 
 

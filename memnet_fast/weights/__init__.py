@@ -73,14 +73,18 @@ def _metadata_digest(metadata: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
 
 
-def save_weights(net: MemNet, path: str | os.PathLike[str], info: Mapping[str, Any] | None = None) -> None:
+def save_weights(net: MemNet, path: str | os.PathLike[str], info: Mapping[str, Any] | None = None, half: bool = False) -> None:
     """Writes parameters and running statistics as safetensors, whole or not at all. info: stored as JSON.
+
+    half: kernels of convolutions are rounded to float16, for a file of about half the size; it loads as float32.
 
     Raises InputError for a batch normalisation with another eps than 1e-5, OutputError if the file cannot be written.
     """
     if any(m.eps != EPS for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)):
         raise InputError(f"a weight file holds networks whose batch normalisations have eps {EPS}")
     tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
+    if half:
+        tensors = {k: v.half() if v.ndim == 4 else v for k, v in tensors.items()}
     metadata = {
         "format": _FORMAT,
         "version": _VERSION,

@@ -1,0 +1,41 @@
+"""The multi-supervised loss (equation 10 of the paper), over the square or over Charbonnier's distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from memnet_fast.errors import InputError
+
+_CHARBONNIER_EPS = 1e-3
+
+
+def _square(error: Tensor) -> Tensor:
+    return error.square().mean() / 2
+
+
+def _charbonnier(error: Tensor) -> Tensor:
+    """A smooth absolute value: strong degradations, whose errors are large, do not drown the weak ones."""
+    return torch.sqrt(error.square() + _CHARBONNIER_EPS**2).mean()
+
+
+DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {"square": _square, "charbonnier": _charbonnier}
+
+
+def multi_supervised(heads: list[Tensor], weights: Tensor | None, clean: Tensor, distance: str) -> Tensor:
+    """alpha * d(ensemble) + (1 - alpha) * mean of d(head), alpha = 1 / (heads + 1); of a single output just d.
+
+    heads: M outputs [N, C, H, W] of any float dtype. weights: [M], those of the ensemble; None with one output. clean:
+    float32, same shape. distance: a name in DISTANCES, averaged over all values. Returns a scalar, float32.
+    Raises InputError for another distance.
+    """
+    if distance not in DISTANCES:
+        raise InputError(f"unknown loss '{distance}'; choose from {', '.join(DISTANCES)}")
+    d = DISTANCES[distance]
+    if weights is None:
+        return d(heads[0].float() - clean)
+    alpha = 1 / (len(heads) + 1)
+    ensemble = torch.stack([w * h.float() for w, h in zip(weights, heads, strict=True)]).sum(0)
+    return alpha * d(ensemble - clean) + (1 - alpha) * torch.stack([d(h.float() - clean) for h in heads]).mean()

@@ -1,0 +1,397 @@
+"""A training from its recipe to its result: stages one after the other, checkpoints, stopping and going on.
+
+In the output folder: `last.ckpt` (all that is needed to go on), `best.result` (the validated network of the running stage with
+the highest mean PSNR), `stageN.result` of finished stages, `result` and `weights.safetensors` of the last, and what TensorBoard
+reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import math
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memnet_fast import __version__
+from memnet_fast.config import MemNetConfig
+from memnet_fast.errors import CheckpointMismatch, InputError, MissingExtra
+from memnet_fast.evaluation import mean_psnr
+from memnet_fast.fused import fuse
+from memnet_fast.reference import MemNet
+from memnet_fast.tasks import task as find_task
+from memnet_fast.training import images as data
+from memnet_fast.training.recipe import Recipe, differences
+from memnet_fast.training.results import grow, load_result, read_state, save_result, write_state
+from memnet_fast.training.samples import least_side
+from memnet_fast.weights import save_weights
+
+try:
+    import lightning
+    from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    from memnet_fast.training.module import StageModule
+except ImportError as error:
+    raise MissingExtra(f"training needs Lightning and TensorBoard ({error}); pip install 'memnet_fast[train]'") from error
+
+_VERSION = 1
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """accelerator: "auto", "cpu" or "cuda". devices: on each machine; nodes: machines. bar: show a progress bar."""
+
+    accelerator: str = "auto"
+    devices: int = 1
+    nodes: int = 1
+    bar: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """signal: that ended the run early, or 0. done: all stages are. stage, step: where it stands."""
+
+    done: bool
+    signal: int
+    stage: int
+    step: int
+    history: list[dict[str, Any]]
+
+
+def _first_process() -> bool:
+    """Also before processes talk to each other: Lightning reads it from the environment."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+class _Stopping:
+    """Why a run ends before its time: a signal, or the minutes are over."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.signal = 0
+
+    @property
+    def due(self) -> bool:
+        return bool(self.signal) or (self.deadline is not None and time.monotonic() >= self.deadline)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """SIGTERM and the first SIGINT end the run after the step at hand."""
+
+        def note(number: int, frame: object) -> None:
+            self.signal = number
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # the host decides about signals
+            return
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    override: bool = False,
+    max_minutes: float | None = None,
+    hardware: Hardware = Hardware(),  # noqa: B008  (frozen)
+) -> Outcome:
+    """Trains a recipe, or goes on with it.
+
+    resume: go on from last.ckpt in the output folder, if there is one; without it a folder that has one is refused. The
+    weights are then, bit by bit, those of a training that was never interrupted (with the same processes and devices).
+    override: also with a changed recipe. max_minutes: stop after that time, with a checkpoint.
+
+    Raises InputError (recipe, data, folder in use), CheckpointMismatch (changed recipe or data; lists the changes),
+    NumericError (the loss is not finite; last.ckpt keeps an earlier state), OutputError.
+    """
+    if not recipe.data:
+        raise InputError("the recipe names no data; add data=FOLDER")
+    if not recipe.output:
+        raise InputError("the recipe names no output folder; add output=FOLDER")
+    if max_minutes is not None and not max_minutes > 0:
+        raise InputError(f"max_minutes must be positive, got {max_minutes}")
+    world = hardware.devices * hardware.nodes
+    for stage in recipe.stages:
+        if stage.batch % world:
+            raise InputError(f"a batch of {stage.batch} cannot be shared by {world} processes")
+    stopping = _Stopping(max_minutes)
+    least = max(least_side(recipe.levels, stage.patch) for stage in recipe.stages)
+    images = data.load_gray_images(recipe.data, least)
+    validation = data.load_gray_images(recipe.validation) if recipe.validation else []
+    output = Path(recipe.output).expanduser()
+    with contextlib.ExitStack() as stack:
+        if _first_process():
+            try:
+                output.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"cannot make the output folder {output}: {error.strerror or error}") from error
+            stack.enter_context(_locked(output))
+        run = _Run(recipe, output, images, validation, hardware, stopping)
+        start = run.start(resume, override)
+        stack.enter_context(stopping.listening())
+        outcome = run.stages(*start)
+    if _first_process():
+        if outcome.done:
+            _log.info("done: %s/result and weights.safetensors", recipe.output)
+        else:
+            _log.info("stopped in stage %d after step %d; --resume auto goes on", outcome.stage + 1, outcome.step)
+    return outcome
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One training for each folder. The lock goes with the process, however that ends."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another training writes into {folder}; choose another output") from None
+        for part in folder.glob(".memnet-*.part"):  # of a writer that was killed
+            part.unlink(missing_ok=True)
+        yield
+
+
+class _Run:
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: Path,
+        images: list[torch.Tensor],
+        validation: list[torch.Tensor],
+        hardware: Hardware,
+        stopping: _Stopping,
+    ) -> None:
+        self.recipe, self.output, self.images, self.validation = recipe, output, images, validation
+        self.hardware, self.stopping = hardware, stopping
+        self.digest = data.digest(images)
+        self.task = find_task(recipe.task)
+        self.history: list[dict[str, Any]] = []
+        self.stage = 0
+        self.best = -math.inf
+        self._next: MemNet | None = None
+        self._stopped = False
+        self._saved = time.monotonic()
+
+    @property
+    def last(self) -> Path:
+        return self.output / "last.ckpt"
+
+    # Where a run begins
+
+    def start(self, resume: bool, override: bool) -> tuple[MemNet, dict[str, Any] | None]:
+        """The network of the stage to begin with, and the state within it, if it has one."""
+        if self.last.exists():
+            if not resume:
+                raise InputError(f"{self.output} holds a training already; go on with --resume auto or choose another output")
+            return self._resumed(override)
+        first = self.recipe.stages[0].recursions
+        config = MemNetConfig.from_dict({**self.recipe.network.to_dict(), "num_recursions": first})
+        if not self.recipe.init:
+            torch.manual_seed(self.recipe.seed)
+            net = MemNet.on_cpu(config)
+            if self.recipe.head_start and net.head_weights is not None:
+                torch.nn.init.constant_(net.head_weights, self.recipe.head_start)
+            return net, None
+        net, self.history = load_result(Path(self.recipe.init).expanduser())
+        net = grow(net, first)
+        if net.config != config:
+            changes = differences(net.config.to_dict(), config.to_dict())
+            raise CheckpointMismatch(f"{self.recipe.init} holds another network: {'; '.join(changes)}")
+        return net, None
+
+    def _resumed(self, override: bool) -> tuple[MemNet, dict[str, Any] | None]:
+        saved = read_state(self.last, ("version", "recipe", "data", "config", "stage", "history", "best", "state"))
+        if saved["version"] != _VERSION:
+            raise CheckpointMismatch(f"{self.last} has version {saved['version']}, this program reads version {_VERSION}")
+        changes = differences(json.loads(saved["recipe"]), self.recipe.to_dict())
+        if saved["data"] != self.digest:
+            changes.append("data: other images")
+        fixed = [change for change in changes if change.startswith(("network.", "task"))]
+        if fixed:
+            raise CheckpointMismatch(f"{self.last} cannot go on as another network or task ({'; '.join(fixed)})")
+        if changes and not override:
+            raise CheckpointMismatch(f"the recipe differs from that of {self.last} ({'; '.join(changes)}); --override goes on")
+        if changes:
+            _log.warning("going on with changes: %s", "; ".join(changes))
+        self.stage, self.best = saved["stage"], saved["best"]
+        self.history = json.loads(saved["history"])
+        if self.stage >= len(self.recipe.stages):
+            raise CheckpointMismatch(f"{self.last} is in stage {self.stage + 1}, the recipe has {len(self.recipe.stages)}")
+        net = MemNet.on_cpu(MemNetConfig.from_dict(saved["config"]))
+        if net.config.num_recursions != self.recipe.stages[self.stage].recursions:
+            raise CheckpointMismatch(f"{self.last} holds a network with {net.config.num_recursions} recursions")
+        if "optimizer" in saved["state"]:
+            return net, saved["state"]
+        net.load_state_dict(saved["state"]["net"])  # the start of a stage
+        return net, None
+
+    # How it goes on
+
+    def stages(self, net: MemNet, state: dict[str, Any] | None) -> Outcome:
+        while True:
+            module = StageModule(net, self.recipe, self.stage, self.images, self._after_step)
+            if state is not None:
+                module.restore(state)
+            if module.step < module.stage.steps:
+                self._fit(module)
+            if module.step < module.stage.steps:
+                return Outcome(False, self.stopping.signal, self.stage, module.step, self.history)
+            if self._next is None:
+                return Outcome(True, 0, self.stage, module.step, self.history)
+            net, state, self._next = self._next, None, None
+            self.stage += 1
+            if self._stopped:
+                return Outcome(False, self.stopping.signal, self.stage, 0, self.history)
+
+    def _fit(self, module: StageModule) -> None:
+        remaining = module.stage.steps - module.step
+        world = self.hardware.devices * self.hardware.nodes
+        callbacks: list[Callback] = [_Watch(self)]
+        if self.hardware.bar:
+            callbacks.append(TQDMProgressBar())
+        with warnings.catch_warnings():
+            # Lightning advises about loaders and loggers of other kinds of training.
+            warnings.filterwarnings("ignore", module="lightning.*")
+            for name in ("lightning.pytorch", "lightning.fabric"):
+                logging.getLogger(name).setLevel(logging.WARNING)
+            trainer = lightning.Trainer(
+                accelerator=self.hardware.accelerator,
+                devices=self.hardware.devices,
+                num_nodes=self.hardware.nodes,
+                strategy="ddp" if world > 1 else "auto",
+                precision="bf16-mixed" if module.stage.precision == "bf16" else "32-true",
+                max_steps=remaining,
+                limit_train_batches=remaining * module.stage.accumulate,
+                accumulate_grad_batches=module.stage.accumulate,
+                sync_batchnorm=module.stage.sync_batchnorm,
+                use_distributed_sampler=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                enable_progress_bar=self.hardware.bar,
+                callbacks=callbacks,
+                logger=TensorBoardLogger(self.output, name="tensorboard", version=f"stage{self.stage + 1}"),
+                log_every_n_steps=self.recipe.log_every,
+            )
+            trainer.fit(module)
+
+    def _after_step(self, module: StageModule) -> None:
+        done = module.step == module.stage.steps
+        if module.step % self.recipe.log_every == 0 or done:
+            self._say(module, f"loss {module.last_loss:.5f}, learning rate {module.stage.rate(module.step - 1):.3g}")
+        if self.recipe.validate_every and module.step % self.recipe.validate_every == 0 and not done:
+            self._validate(module, module.result())
+        stop = module.trainer.strategy.reduce_boolean_decision(self.stopping.due, all=False)
+        if done:
+            self._finish(module)
+        elif stop or time.monotonic() - self._saved >= 60 * self.recipe.save_minutes:
+            self._save(self.stage, module.net.config, module.checked_state())
+        self._stopped = stop
+        module.trainer.should_stop = stop
+
+    def _say(self, module: StageModule, text: str) -> None:
+        if _first_process():
+            _log.info("stage %d, step %d of %d: %s", self.stage + 1, module.step, module.stage.steps, text)
+
+    def _save(self, stage: int, config: MemNetConfig, state: dict[str, Any]) -> None:
+        self._saved = time.monotonic()
+        if _first_process():
+            checkpoint = {"version": _VERSION, "program": __version__, "recipe": json.dumps(self.recipe.to_dict())}
+            checkpoint |= {"data": self.digest, "config": config.to_dict(), "stage": stage, "best": self.best}
+            write_state(self.last, {**checkpoint, "history": json.dumps(self.history), "state": state})
+
+    def _validate(self, module: StageModule, net: MemNet) -> dict[str, dict[str, float]]:
+        """Measures the module's result and keeps the best; on the first process, while the others wait."""
+        tables: dict[str, dict[str, float]] = {}
+        if _first_process() and self.validation:
+            tables = self._measure(net)
+            mean = sum(tables["psnr"].values()) / len(tables["psnr"])
+            self._say(module, "PSNR " + ", ".join(f"{label} {value:.2f}" for label, value in tables["psnr"].items()))
+            if module.logger is not None:
+                values = {f"psnr/{label}": value for label, value in tables["psnr"].items()}
+                module.logger.log_metrics(values, module.step)
+            if mean > self.best:  # never of NaN
+                self.best = mean
+                record = {**self._record(module), **tables, "step": module.step}
+                save_result(net, [*self.history, record], self.output / "best.result")
+        module.trainer.strategy.barrier()
+        return tables
+
+    def _measure(self, net: MemNet) -> dict[str, dict[str, float]]:
+        fused = fuse(net)  # the one that users run
+        restored, degraded = {}, {}
+        for level in self.task.levels:
+            label = self.task.label(level)
+            restored[label], degraded[label] = mean_psnr(fused, self.validation, self.task, level)
+        return {"psnr": restored, "psnr_degraded": degraded}
+
+    def _record(self, module: StageModule) -> dict[str, Any]:
+        recipe = self.recipe.to_dict()
+        device = torch.cuda.get_device_name() if module.device.type == "cuda" else "CPU"
+        return {
+            "name": f"{self.recipe.name} stage {self.stage + 1}",
+            "task": self.recipe.task,
+            "levels": {k: v for k, v in recipe["levels"].items() if k != "task"},
+            **recipe["stages"][self.stage],
+            "seed": self.recipe.seed,
+            "images": len(self.images),
+            "images_sha256": self.digest,
+            "device": device,
+            "processes": self.hardware.devices * self.hardware.nodes,
+            "hours": round(module.elapsed() / 3600, 3),
+            "program": __version__,
+        }
+
+    def _finish(self, module: StageModule) -> None:
+        """The stage's network, the same on every process; its files come before the checkpoint that says it is done."""
+        state = module.checked_state()
+        net = module.result()
+        tables = self._validate(module, net)
+        net = net.cpu()
+        self.history = [*self.history, {**self._record(module), **tables}]
+        last = self.stage + 1 == len(self.recipe.stages)
+        if _first_process():
+            save_result(net, self.history, self.output / ("result" if last else f"stage{self.stage + 1}.result"))
+        if last:
+            if _first_process():
+                save_weights(net, self.output / "weights.safetensors", {"task": self.task.name, "recipe": self.history})
+            self._save(self.stage, net.config, state)
+            return
+        self._next, self.best = grow(net, self.recipe.stages[self.stage + 1].recursions), -math.inf
+        self._save(self.stage + 1, self._next.config, {"net": self._next.state_dict()})
+
+
+class _Watch(Callback):
+    """What Lightning would do otherwise: its handler of SIGTERM talks to other processes from within the signal."""
+
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        digests = trainer.strategy.all_gather(torch.tensor(list(bytes.fromhex(self._run.digest)), device=pl_module.device))
+        if not bool((digests.reshape(-1, 32) == digests.reshape(-1, 32)[0]).all()):
+            raise InputError("the processes do not see the same training images")

@@ -1,0 +1,142 @@
+"""The memory-lean training path against autograd through the reference."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from memnet_fast.config import MemNetConfig
+from memnet_fast.errors import InputError
+from memnet_fast.reference import MemNet
+from memnet_fast.training import lean
+
+OFFICIAL = MemNetConfig(channels=8, num_memory_blocks=3, num_recursions=2)
+CONFIGS = {
+    "official": OFFICIAL,
+    "paper order": dataclasses.replace(OFFICIAL, gate_order="short_long"),
+    "own convolutions, no bias, one output": dataclasses.replace(OFFICIAL, sharing="none", bias=False, multi_supervised=False),
+    "chain, 1x1 reconstruction, colour": MemNetConfig(
+        channels=4, num_memory_blocks=2, num_recursions=2, sharing="chain", recon_kernel=1, in_channels=3, out_channels=3
+    ),
+    "shared reconstruction BN": dataclasses.replace(OFFICIAL, share_recon_bn=True),
+}
+SIZES = [(1, 1, 2), (2, 5, 7), (3, 1, 1), (2, 16, 9)]
+
+
+def _net(config: MemNetConfig, dtype: torch.dtype) -> MemNet:
+    """Batch normalisations as different from 1 and 0 as after training."""
+    torch.manual_seed(1)
+    net = MemNet(config)
+    with torch.no_grad():
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.weight.uniform_(0.5, 1.5)
+                m.bias.normal_(0, 0.3)
+                m.running_mean.normal_(0, 0.3)
+                m.running_var.uniform_(0.5, 2)
+    return net.to(dtype)
+
+
+def _loss(heads: list[torch.Tensor]) -> torch.Tensor:
+    """Weighs every output differently, so that no two of them can be confused."""
+    return sum(((k + 1) * h.double().sin()).sum() for k, h in enumerate(heads))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_outputs_gradients_and_statistics_are_those_of_autograd(name: str, size: tuple[int, int, int], train: bool) -> None:
+    config = CONFIGS[name]
+    plain = _net(config, torch.float64).train(train)
+    thrifty = copy.deepcopy(plain)
+    x = torch.rand(size[0], config.in_channels, *size[1:], dtype=torch.float64)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected, found = plain.heads(theirs), lean.heads(thrifty, ours)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    _loss(expected).backward()
+    _loss(found).backward()
+    grads = dict(plain.named_parameters()) | {"x": theirs}
+    # A bias before a batch normalisation has gradient 0 but for rounding: errors are measured by the network's largest.
+    largest = max(float(p.grad.abs().max()) for key, p in grads.items() if key != "head_weights")
+    for key, p in (*thrifty.named_parameters(), ("x", ours)):
+        if key != "head_weights":
+            error = float((p.grad - grads[key].grad).abs().max())
+            assert error <= 1e-9 * largest, (key, error / largest)
+    for (key, a), b in zip(thrifty.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}")
+    assert thrifty.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_no_worse_than_that_of_autograd(dtype: torch.dtype) -> None:
+    """RMS error of every gradient tensor against float64, as a ratio to the error of plain autograd in the same dtype."""
+    config = MemNetConfig(channels=16, num_memory_blocks=3, num_recursions=3)
+    exact = _net(config, torch.float64).train()
+    x = torch.rand(4, 1, 21, 24)
+    _loss(exact.heads(x.double())).backward()
+    errors = {}
+    for kind, function in (("plain", MemNet.heads), ("lean", lean.heads)):
+        net = _net(config, torch.float32).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            outputs = function(net, x)
+        _loss(outputs).backward()
+        errors[kind] = torch.stack(
+            [
+                (p.grad.double() - q.grad).square().mean().sqrt() / q.grad.square().mean().sqrt()
+                for (name, p), q in zip(net.named_parameters(), exact.parameters(), strict=True)
+                if name != "head_weights" and "conv_a" not in name and q.grad.abs().max() > 1e-6
+            ]
+        )
+    ratio = float(errors["lean"].square().mean().sqrt() / errors["plain"].square().mean().sqrt())
+    assert ratio <= 1.25, errors
+
+
+def test_nothing_is_concatenated_and_little_is_kept() -> None:
+    """Bytes that autograd holds between forward and backward, counted once for each storage."""
+
+    def kept(function: object) -> int:
+        net = MemNet(MemNetConfig(channels=8)).train()
+        own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+        storages: dict[int, int] = {}
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            if t.untyped_storage().data_ptr() not in own:
+                storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            outputs = function(net, torch.rand(2, 1, 32, 32))  # type: ignore[operator]
+        largest = max(storages.values())
+        assert outputs[0].shape == (2, 1, 32, 32)
+        if function is lean.heads:
+            assert largest == 4 * 8 * 2 * 32 * 32  # one feature map
+        return sum(storages.values())
+
+    assert kept(lean.heads) < 0.36 * kept(MemNet.heads)
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    net = _net(OFFICIAL, torch.float32).train()
+    for name, p in net.named_parameters():
+        p.requires_grad_("blocks.1" in name and "conv" in name)
+    _loss(lean.heads(net, torch.rand(2, 1, 8, 8))).backward()
+    for name, p in net.named_parameters():
+        assert (p.grad is not None) == p.requires_grad, name
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    net = _net(OFFICIAL, torch.float32).train()
+    with pytest.raises(InputError, match="channels"):
+        lean.heads(net, torch.rand(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="more than 1 value"):
+        lean.heads(net, torch.rand(1, 1, 1, 1))
+    net.blocks[0].bn_a[0].eval()
+    with pytest.raises(InputError, match="bn_a.0 differs"):
+        lean.heads(net, torch.rand(1, 1, 8, 8))
+    with pytest.raises(InputError, match="SyncBatchNorm"):
+        lean.heads(nn.SyncBatchNorm.convert_sync_batchnorm(_net(OFFICIAL, torch.float32)), torch.rand(1, 1, 8, 8))
