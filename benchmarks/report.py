@@ -48,6 +48,54 @@ def forward_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def gpu_table(path: Path) -> str:
+    """Ceilings, whole networks by size, and single operations from one file of benchmarks/gpu/. A refused or failed row shows
+    its reason in place of a time.
+    """
+    data = json.loads(path.read_text())
+    about, rows = data["about"], data["rows"]
+    gpu, commit = about["gpu"], (about["commit"] or "unknown")[:10]
+    driver = gpu.get("nvidia_smi", {}).get("driver_version", "unknown")
+    name = path.relative_to(_ROOT)
+    lines = [
+        f"{gpu['name']}, driver {driver}, CUDA {about['cuda']}, torch {about['torch']}, triton {about['triton']}. "
+        f"Source: [{name}]({name}), commit {commit}, {about['date'][:10]}.",
+        "",
+    ]
+    ceilings = {r["variant"]: r for r in rows if r["suite"] == "ceiling"}
+    for r in ceilings.values():
+        rate = f"{r['tflops']:.0f} TFLOP/s" if r["tflops"] else f"{r['tbps']:.2f} TB/s"
+        lines.append(f"- {r['variant']}: {rate}")
+    networks = [r for r in rows if r["suite"] == "network"]
+    for size in dict.fromkeys(r["size"] for r in networks):
+        lines += [
+            "",
+            f"**{size}**",
+            "",
+            "| | ms (20 % to 80 %) | time / subject | peak memory, MiB | error / residual |",
+            "|---|---|---|---|---|",
+        ]
+        for r in (r for r in networks if r["size"] == size):
+            if "ms" not in r:
+                lines.append(f"| {r['variant']} | {r['status']}: {r['reason'][:80]} | | | |")
+                continue
+            ratio = f"{r['ratio']:.2f}" if "ratio" in r else ""
+            time = f"{r['ms']:.2f} ({r['ms_q20']:.2f} to {r['ms_q80']:.2f})"
+            lines.append(f"| {r['variant']} | {time} | {ratio} | {r.get('peak_mib', 0):.0f} | {r['errors']['nsr']:.1e} |")
+    ops = [r for r in rows if r["suite"] == "op"]
+    if ops:
+        lines += ["", "| operation | | ms | TFLOP/s | TB/s | floor, ms | of the floor |", "|---|---|---|---|---|---|---|"]
+    for r in ops:
+        if "ms" in r:
+            numbers = (
+                f"{r['ms']:.3f} | {r['tflops']:.0f} | {r['tbps']:.2f} | {r['floor_ms']:.3f} | {r['floor_ms'] / r['ms']:.0%}"
+            )
+            lines.append(f"| {r['op']} | {r['variant']} | {numbers.replace('%', ' %')} |")
+        else:
+            lines.append(f"| {r['op']} | {r['variant']} | {r['status']}: {r['reason'][:80]} | | | | |")
+    return "\n".join(lines) + "\n"
+
+
 def weights_table() -> str:
     """What the bundled weights reach, from their own metadata."""
     lines = ["| weights | data | level | PSNR degraded, dB | PSNR restored, dB |", "|---|---|---|---|---|"]
@@ -64,6 +112,8 @@ def tables() -> dict[str, str]:
     made: dict[str, Any] = {"weights": weights_table()}
     files = sorted(RESULTS.glob("*/forward.json"))
     made["forward"] = "\n".join(forward_table(f) for f in files)
+    if found := sorted(RESULTS.glob("*/gpu.json")):
+        made["gpu"] = "\n".join(gpu_table(f) for f in found)
     return made
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+
+# cuBLAS is deterministic only with this, and reads it once.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import pytest
 import torch
 
-pytest.register_assert_rewrite("support.checks", "support.layers")
+pytest.register_assert_rewrite("support.checks", "support.layers", "support.places")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+    slow = pytest.mark.skip(reason="slow; asked for by -m slow")
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        elif "slow" in item.keywords and "slow" not in (config.option.markexpr or ""):
+            item.add_marker(slow)
 
 
 @pytest.fixture(autouse=True)
@@ -28,3 +34,14 @@ def _numerics():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def twin_build(tmp_path_factory: pytest.TempPathFactory):
+    """The CUDA backend compiled for the CPU (support/cuda_twin.py), once for all the tests that run it there."""
+    from support import cuda_twin
+
+    reason = cuda_twin.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    return cuda_twin.build(tmp_path_factory.mktemp("twin"))

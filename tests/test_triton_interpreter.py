@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import checks, integer, layers, networks
-from support.candidates import BackendRunner, Candidate, pmr
+from support.candidates import CPU, Candidate, pmr, triton_candidate
 from support.checks import ParityError, require
 from support.interpreter import Interpreter
 
@@ -34,9 +34,8 @@ import memnet_fast as mf
 from memnet_fast import packing
 from memnet_fast.backends import triton as backend
 from memnet_fast.config import MemNetConfig
-from memnet_fast.plan import FusedPlan, Gate, Reconstruct, ResidualBlock, lower
+from memnet_fast.plan import Gate, Reconstruct, ResidualBlock, lower
 
-CPU = torch.device("cpu")
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 # Every kind of operation once: radius 1 + 2 + 1.
 TINY = MemNetConfig(channels=16, num_memory_blocks=1, num_recursions=1)
@@ -45,15 +44,7 @@ _TIMEOUT = 240  # seconds for one check; the slowest takes about 4
 
 
 def candidate(precision: str, architecture: int = 90, spoil: Callable[[tuple], tuple] | None = None) -> Candidate:
-    """The backend with the tiles of a capability. spoil: changes the packed weights of each operation."""
-
-    def make(plan: FusedPlan) -> BackendRunner:
-        packed = dataclasses.replace(backend.pack(plan, CPU, precision, "direct"), architecture=architecture)
-        if spoil is not None:
-            packed = dataclasses.replace(packed, weights=tuple(spoil(w) for w in packed.weights))
-        return BackendRunner(plan, packed, precision, packed.padded_channels, one_by_one=False)
-
-    return Candidate(f"triton-{precision}", precision, make)
+    return triton_candidate(precision, CPU, architecture, spoil)
 
 
 # Checks, run in the child --------------------------------------------------------------------------------------------

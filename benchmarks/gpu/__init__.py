@@ -1,0 +1,1 @@
+"""Measurements on a GPU; benchmarks/gpu_window.sh runs all of them."""

@@ -1,0 +1,141 @@
+"""Timing of several variants of one thing, against each other, after they were found to be right.
+
+Every round times each variant once, in an order that turns from round to round, so that a card whose clock drifts still gives
+true ratios; the ratio of a variant is taken within its round. Caches are cold: every sample is preceded by a write to a buffer
+several times the size of the L2 cache.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+# Milliseconds of warm-up before a variant is timed, and at least so many runs: clocks rise, graphs and tiles are chosen.
+_WARM_MS = 50.0
+_WARM_RUNS = 3
+MIN_ROUNDS, MAX_ROUNDS = 5, 50
+
+
+class Clock(Protocol):
+    def sample(self, run: Callable[[], object]) -> float:
+        """Milliseconds that one run takes, beginning with cold caches."""
+
+
+class CudaClock:
+    """Events on the current stream of a device.
+
+    The write that cools the caches is queued first. While it runs, the host launches what is timed, so the time of a short
+    run is that of the device and not of the first launch; a run of many launches that the host cannot keep up with shows that,
+    as its user would see it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self._cold = torch.empty(max(4 * cache, 256 << 20), dtype=torch.int8, device=device)
+
+    def sample(self, run: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(self._device):
+            self._cold.zero_()
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end)
+
+
+class HostClock:
+    """For runs on a CPU, whose call returns when it is done."""
+
+    def sample(self, run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """run: does the thing once. check: figures of its error; each must be at most its limit, or nothing is timed.
+    about: what the row of results says beside the numbers.
+    """
+
+    name: str
+    run: Callable[[], object]
+    check: Callable[[], dict[str, float]]
+    limits: dict[str, float]
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """20 %, median, 80 %."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return fifths[0], statistics.median(values), fifths[3]
+
+
+def _gate(variant: Variant) -> dict[str, Any]:
+    """A row with the verdict: status "ok", "refused" (wrong) or "failed" (an exception)."""
+    row: dict[str, Any] = {"variant": variant.name, **variant.about}
+    try:
+        errors = variant.check()
+    except Exception as error:  # one variant that cannot run must not cost the others
+        return {**row, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
+    row["errors"] = errors
+    wrong = []
+    for key, limit in variant.limits.items():
+        value = errors.get(key, math.nan)
+        if not value <= limit:  # also NaN
+            wrong.append(f"{key} {value:.2e} above {limit:.2e}")
+    return {**row, "status": "refused", "reason": "; ".join(wrong)} if wrong else {**row, "status": "ok"}
+
+
+def _warm(variant: Variant, clock: Clock) -> float:
+    """Runs until the clock is warm; milliseconds of the last run."""
+    spent, runs, last = 0.0, 0, 0.0
+    while runs < _WARM_RUNS or spent < _WARM_MS:
+        last = clock.sample(variant.run)
+        spent += last
+        runs += 1
+        if runs >= 1000:
+            break
+    return last
+
+
+def measure(variants: Sequence[Variant], clock: Clock, seconds: float, subject: str | None = None) -> list[dict[str, Any]]:
+    """One row for each variant, in their order: status, errors, and for those found right ms, ms_q20, ms_q80, rounds, and the
+    ratio of their time to the subject's in the same round (ratio, ratio_q20, ratio_q80).
+
+    seconds: about how long the timing may take, warm-up and gate not counted. A row that is not "ok" has no times.
+    """
+    rows = {v.name: _gate(v) for v in variants}
+    if len(rows) != len(variants):
+        raise ValueError("two variants have one name")
+    good = [v for v in variants if rows[v.name]["status"] == "ok"]
+    one_round = 0.0
+    for v in list(good):
+        try:
+            one_round += _warm(v, clock)
+        except Exception as error:
+            rows[v.name].update(status="failed", reason=f"{type(error).__name__}: {error}"[:300])
+            good.remove(v)
+    rounds = int(min(MAX_ROUNDS, max(MIN_ROUNDS, 1e3 * seconds / max(one_round, 1e-6))))
+    times: dict[str, list[float]] = {v.name: [] for v in good}
+    for i in range(rounds):
+        for k in range(len(good)):
+            v = good[(i + k) % len(good)]
+            times[v.name].append(clock.sample(v.run))
+    for name, own in times.items():
+        low, middle, high = quantiles(own)
+        rows[name].update(ms=middle, ms_q20=low, ms_q80=high, rounds=rounds)
+        if subject in times:
+            low, middle, high = quantiles([a / b for a, b in zip(own, times[subject], strict=True)])
+            rows[name].update(subject=subject, ratio=middle, ratio_q20=low, ratio_q80=high)
+    return [rows[v.name] for v in variants]
