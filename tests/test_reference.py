@@ -14,7 +14,7 @@ from torch import Tensor
 import memnet_fast as mf
 from memnet_fast.config import PRESETS, MemNetConfig
 from memnet_fast.reference import MemNet, count_macs
-from memnet_fast.training.loop import grow
+from memnet_fast.training.results import grow
 
 OFFICIAL = {"memnet_m6r6": (6, 6), "memnet_m10r10": (10, 10)}
 # first, recursions, gates, reconstruction; biases; gamma and beta; w_m; total
