@@ -47,7 +47,12 @@ def build(**options: Any) -> Any:
         return Restorer(task, scale=scale, color=color, tta=tta, **options)
 
     def restore(
-        path: str | None, task: str, scale: int, color: str, tta: bool, progress: Any = gr.Progress()  # noqa: B008  Gradio looks for it there
+        path: str | None,
+        task: str,
+        scale: int,
+        color: str,
+        tta: bool,
+        progress: Any = gr.Progress(),  # noqa: B008  Gradio looks for it there
     ) -> tuple[tuple[np.ndarray, np.ndarray], str, str]:
         if path is None:
             raise gr.Error("Choose an image first.")
