@@ -19,8 +19,9 @@ $(STAMP): $(SOURCES)
 demo: $(STAMP)
 	$(BIN)/memnet demo -o demo
 
+# One process for each CPU, which then computes alone: threads beside processes would only wait for each other.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
