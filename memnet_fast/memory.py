@@ -20,13 +20,16 @@ def short_memory(what: str, device: torch.device) -> Iterator[None]:
     except DeviceOOM:
         raise
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error):
+        text = str(error)
+        # A fault of a kernel is "an illegal memory access".
+        if not isinstance(error, MemoryError) and ("memory" not in text or "memory access" in text):
             raise
-        raise DeviceOOM(f"{what} on {device}: {str(error).splitlines()[0]}") from error
+        raise DeviceOOM(f"{what} on {device}: {(text or 'out of memory').splitlines()[0]}") from error
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, what: str) -> Tensor:
     """torch.empty that raises DeviceOOM where memory is short."""
     size = math.prod(shape) * dtype.itemsize / 2**20
-    with short_memory(f"{size:.0f} MiB of {what}", device):
+    # Kept for later calls, which may be in another mode: no inference tensor.
+    with short_memory(f"{size:.0f} MiB of {what}", device), torch.inference_mode(False):
         return torch.empty(shape, dtype=dtype, device=device)

@@ -11,7 +11,6 @@ from torch import Tensor
 from memnet_fast.engine import engine
 from memnet_fast.errors import InputError
 
-
 # Not torch.library.custom_op: its first call imports torch's compiler, which takes seconds and 150 MB.
 _library = torch.library.Library("memnet_fast", "DEF")
 _library.define("forward(Tensor x, Tensor[] state, str spec) -> Tensor")

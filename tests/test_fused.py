@@ -560,3 +560,16 @@ def test_choices_are_logged(net, caplog):
 
 def test_repr_names_the_request(net):
     assert "backend=torch" in repr(mf.fuse(net, backend="torch"))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_calls_of_different_modes_follow_each_other(backend):
+    """What is kept for the next call is no inference tensor, which could not be written outside inference mode."""
+    fast = mf.fuse(networks.build(networks.SMALL), backend=backend)
+    x = networks.image(1, 1, 6, 7)
+    with torch.inference_mode():
+        first = fast(x)
+    with torch.no_grad():
+        second = fast(x)
+    third = fast(x)
+    assert torch.equal(first, second) and torch.equal(second, third)

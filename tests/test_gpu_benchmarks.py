@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -353,6 +354,7 @@ def _without_nvcc(tmp_path):
         "realpath",
         "dirname",
         "mkdir",
+        "find",
         "rm",
         "cp",
         "cat",
@@ -453,3 +455,15 @@ def test_the_tables_of_a_gpu_appear_with_its_results(tmp_path, monkeypatch):
     assert "gpu" not in report.tables()
     store.write(tmp_path / "nvidia-h200" / "gpu.json", _gpu_results())
     assert "cuda fp16" in report.tables()["gpu"]
+
+
+def test_window_runs_every_file_with_gpu_tests() -> None:
+    tests = Path(__file__).parent
+    script = (tests.parent / "benchmarks" / "gpu_window.sh").read_text()
+    listed = re.search(r"^GPU_TESTS=\((.*)\)$", script, re.MULTILINE)
+    assert listed is not None
+    command = f"cd {shlex.quote(str(tests.parent))} && printf '%s\\n' {listed[1]}"
+    files = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    marked = re.compile(r"mark\.gpu|import .*\bplaces\b|support\.places")
+    expected = {f"tests/{path.name}" for path in tests.glob("test_*.py") if marked.search(path.read_text())}
+    assert set(files) == expected - {"tests/test_gpu_on_twin.py"}  # which needs none

@@ -159,7 +159,8 @@ PYBIND11_MODULE(_native_cuda, m) {
              std::uint64_t image, std::uint64_t out, std::int64_t n, std::int64_t h, std::int64_t w) {
             const Call call =
                 call_of(self, device, 0, addresses, types, workspace, workspace_bytes, image, out, n, h, w);
-            py::gil_scoped_release release;
+            // Work of the host alone, with the interpreter held: while a stream captures, nobody may synchronise the
+            // device.
             return self.plan.capture(call);
           },
           py::arg("device"), py::arg("addresses").noconvert(), py::arg("types").noconvert(), py::arg("workspace"),

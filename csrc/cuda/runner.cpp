@@ -163,6 +163,7 @@ Plan::Plan(Description description) : description_(std::move(description)) {
 }
 
 Plan::~Plan() {
+  const RelaxedCapture relaxed; // another thread may be capturing
   for (auto &[device, here] : on_device_)
     cudaFree(here.memory);
 }
@@ -193,15 +194,15 @@ void Plan::check(const Call &call) const {
 
 void Plan::run(const Call &call) const {
   check(call);
+  const RelaxedCapture relaxed; // before the first call that may begin a context
   use_device(call.device);
-  const RelaxedCapture relaxed;
   enqueue(call, on_device(call.device));
 }
 
 std::unique_ptr<Graph> Plan::capture(const Call &call) const {
   check(call);
+  const RelaxedCapture relaxed; // before the first call that may begin a context
   use_device(call.device);
-  const RelaxedCapture relaxed;
   const OnDevice &here = on_device(call.device);
   const PrivateStream stream;
   Call inside = call;

@@ -77,7 +77,7 @@ class Replays:
                 return None
             try:
                 entry = self._capture(bound, x, planes, stream, parameters)
-            except DeviceOOM as error:
+            except (DeviceOOM, RuntimeError) as error:  # also a capture that another thread's synchronisation broke
                 _log.info("not replayed as a graph: %s", error)
                 self.clear()
                 return None

@@ -61,6 +61,8 @@ def build(directory: Path) -> Twin:
     defines = {"MEMNET_VERSION": "twin", "MEMNET_CUDA_ARCHS": "80 90a", "MEMNET_CUDA_COMPILER": "twin"}
     # _FORTIFY_SOURCE takes a switch of fibers for a jump into a frame that has ended.
     common = ["g++", "-std=c++17", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+    # A namespace of its own: pybind11 keeps one table of types for all modules of a process, and the real one is a module too.
+    common += ["-Dmemnet=memnet_twin"]
     common += ["-Wno-attributes", f"-I{_SIMT}", f"-I{text}", "-DMEMNET_HOPPER", *(f'-D{k}="{v}"' for k, v in defines.items())]
     sources = [*text.glob("*.cu"), *text.glob("*.cpp"), _SIMT / "simt.cpp", _SIMT / "runtime_entries.cpp"]
 
