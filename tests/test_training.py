@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import checkpoints
 from support.recipes import image_folder, images, recipe, recipe_file
 
 from memnet_fast import weights
@@ -21,7 +22,7 @@ from memnet_fast.training import export
 from memnet_fast.training.images import digest, load_gray_images
 from memnet_fast.training.losses import multi_supervised
 from memnet_fast.training.recipe import Stage, bundled, differences, load_recipe
-from memnet_fast.training.results import grow, save_result
+from memnet_fast.training.results import grow, load_result, save_result
 
 TINY = MemNetConfig(channels=8, num_memory_blocks=2, num_recursions=1)
 
@@ -181,6 +182,16 @@ def test_export_states_what_was_measured(tmp_path: Path, task: str, label: str) 
     assert (tmp_path / "h").stat().st_size < 0.75 * (tmp_path / "w").stat().st_size
     for name, value in exact.items():
         assert torch.equal(half[name], value.half().float() if value.ndim == 4 else value), name
+
+
+def test_a_training_starts_from_the_official_network_in_the_format_of_mxnet(tmp_path: Path) -> None:
+    blobs = checkpoints.official_blobs(2, 1, 4)
+    arrays, symbol = checkpoints.mxnet_official(blobs, 2, 1)
+    path = tmp_path / "MemNet_M2R1-0000.params"
+    path.write_bytes(checkpoints.mxnet_params(arrays, 2))
+    (tmp_path / "MemNet_M2R1-symbol.json").write_bytes(symbol)
+    net, history = load_result(path)
+    assert net.config == dataclasses.replace(TINY, channels=4) and history[0]["name"] == path.name
 
 
 def test_a_recipe_may_be_validated_more_often_when_it_goes_on(tmp_path: Path) -> None:

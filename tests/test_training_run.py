@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import signal
@@ -481,6 +482,7 @@ def test_recipes_are_listed_copied_and_named_when_wrong(
     assert code == 2 and "there is no recipe and no file 'nothing'" in said and len(said.splitlines()) == 1
     code, _, said = memnet("train", "sr.toml", "data=nowhere")
     assert code == 2 and "there is no folder 'nowhere'" in said and len(said.splitlines()) == 1
+    assert not logging.getLogger("memnet_fast").handlers
 
 
 def test_results_read_back_with_their_history(tmp_path: Path) -> None:

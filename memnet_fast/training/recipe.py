@@ -53,8 +53,8 @@ class Stage:
     clip: greatest norm of the gradient, 0 for none; clip_by_lr: divided by the learning rate (the paper's clipping).
     ema: decay of the average of the weights, which becomes the result; 0: the last weights do. settle: batches over which the
     statistics of batch normalisation are taken anew for validation and result; 0 keeps the running ones.
-    loss: "charbonnier" or "square" (see training.losses). precision: "fp32" (on CUDA, as PyTorch has it, convolutions use TF32),
-    or "bf16" for autocast. memory: "lean" (see training.lean) or "plain".
+    loss: "charbonnier" or "square" (see training.losses). precision: "fp32" (by PyTorch's default, CUDA's convolutions
+    round to TF32) or "bf16" for autocast. memory: "lean" (see training.lean) or "plain".
     channels_last, compile: the memory format, and torch.compile. sync_batchnorm: statistics over all processes (CUDA; plain).
     """
 
