@@ -1,8 +1,9 @@
 """Training steps of the plain reference and of the memory-lean path, side by side:  python -m benchmarks.training
 
-Writes benchmarks/results/<device>/training.json. Each way runs in a process of its own, so that its peak memory is its own
-(VmHWM on the CPU, the allocator's peak on a GPU); timed steps alternate between the processes, so that a busy machine slows
-both. A step is forward, loss, backward and the optimiser's step, under autocast to bfloat16, channels_last.
+Writes training.json (of a GPU: training-gpu.json) into benchmarks/results/<cpu>/. Each way runs in a process of its own, so
+that its peak memory is its own (VmHWM on the CPU, the allocator's peak on a GPU); timed steps alternate between the processes,
+so that a busy machine slows both. A step is forward, loss, backward and the optimiser's step, under autocast to bfloat16,
+channels_last.
 
     python -m benchmarks.training [DEVICE [BATCH [PATCH [ROUNDS]]]]
 """
@@ -94,7 +95,8 @@ def main(device: str = "cpu", batch: int = 8, patch: int = 64, rounds: int = 7) 
     about = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
     about |= {"device": device if device == "cpu" else torch.cuda.get_device_name(device), "batch": batch, "patch": patch}
     about |= {"network": "memnet_m6r6", "precision": "bf16 autocast", "memory_format": "channels_last"}
-    write_whole(results_folder() / "training.json", (json.dumps({"about": about, "rows": rows}, indent=1) + "\n").encode())
+    name = "training.json" if device == "cpu" else "training-gpu.json"
+    write_whole(results_folder() / name, (json.dumps({"about": about, "rows": rows}, indent=1) + "\n").encode())
     return 0
 
 

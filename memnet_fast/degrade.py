@@ -20,7 +20,8 @@ def gaussian(image: Tensor, sigma: float | Tensor, generator: torch.Generator | 
     broadcasts against image (one level for each image of a batch: [N, 1, 1, 1]). Same shape, dtype and device out.
     """
     noise = torch.randn(image.shape, generator=generator, dtype=image.dtype, device=image.device)
-    return image + noise * (sigma / 255)
+    level = sigma.to(image) if isinstance(sigma, Tensor) else sigma
+    return image + noise * (level / 255)
 
 
 def jpeg(image: Tensor, quality: int | Tensor) -> Tensor:

@@ -23,8 +23,8 @@ INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def fuse(net: nn.Module, backend: str = "auto", precision: str = "auto", algorithm: str = "auto") -> FusedMemNet:
     """A fused network for inference that shares the parameters of `net` (a MemNet, or a FusedMemNet to fuse otherwise).
 
-    backend: "auto", "cuda", "triton", "cpu", "torch". precision: "auto", "fp32", "tf32", "bf16", "fp16"; cpu computes in fp32
-    only, cuda in fp16 and bf16 only.
+    backend: "auto", "cuda", "triton", "cpu", "torch". precision: "auto", "fp32", "tf32", "bf16", "fp16", "fp8"; cpu
+    computes in fp32 only, cuda in fp16 and bf16, on Hopper fp8.
     algorithm: "auto", "winograd" or "direct", for the 3x3 convolutions of the CPU backend.
     Puts `net` into eval mode. Raises InputError for what is not a plain MemNet, BackendUnavailable (with the reason) for a
     request that cannot be met.

@@ -66,6 +66,8 @@ def test_noise_has_the_asked_level_and_is_not_clipped() -> None:
     assert noisy.min() < 0
     # The standard error of a standard deviation over 40,000 values is 0.35 %.
     assert torch.allclose(255 * noisy.std((1, 2, 3)), sigma.flatten(), rtol=0.02)
+    again = degrade.gaussian(clean, sigma.double(), torch.Generator().manual_seed(0))
+    assert again.dtype == torch.float32 and torch.equal(again, noisy)
 
 
 def _through_a_file(levels: np.ndarray, quality: int) -> np.ndarray:

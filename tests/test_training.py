@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import checkpoints
 from support.recipes import image_folder, images, recipe, recipe_file
 
 from memnet_fast import weights
@@ -21,7 +22,7 @@ from memnet_fast.training import export
 from memnet_fast.training.images import digest, load_gray_images
 from memnet_fast.training.losses import multi_supervised
 from memnet_fast.training.recipe import Stage, bundled, differences, load_recipe
-from memnet_fast.training.results import grow, save_result
+from memnet_fast.training.results import grow, load_result, save_result
 
 TINY = MemNetConfig(channels=8, num_memory_blocks=2, num_recursions=1)
 
@@ -46,17 +47,17 @@ def test_growing_keeps_the_function(order: str) -> None:
 
 
 def test_the_loss_is_equation_10() -> None:
-    """alpha / 2N |y - gt|^2 + (1 - alpha) / 2MN sum |y_m - gt|^2, alpha = 1 / (M + 1), over pixels."""
+    """alpha / 2N |y - gt|^2 + (1 - alpha) / 2MN sum |y_m - gt|^2, alpha = 1 / (M + 1), over N patches."""
     heads = [torch.rand(3, 1, 5, 7, dtype=torch.float64) for _ in range(4)]
     weights_, clean = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64), torch.rand(3, 1, 5, 7, dtype=torch.float64)
     y = sum(w * h for w, h in zip(weights_, heads, strict=True))
-    alpha, n = 1 / 5, clean.numel()
+    alpha, n = 1 / 5, len(clean)
     expected = alpha / 2 / n * ((y - clean) ** 2).sum() + (1 - alpha) / (2 * 4 * n) * sum(
         ((h - clean) ** 2).sum() for h in heads
     )
     torch.testing.assert_close(multi_supervised(heads, weights_, clean, "square").double(), expected, rtol=1e-6, atol=0)
     single = multi_supervised(heads[:1], None, clean, "square").double()
-    torch.testing.assert_close(single, ((heads[0] - clean) ** 2).mean() / 2, rtol=1e-6, atol=0)
+    torch.testing.assert_close(single, ((heads[0] - clean) ** 2).sum() / 2 / n, rtol=1e-6, atol=0)
     near = multi_supervised([clean + 0.1], None, clean, "charbonnier")
     assert float(near) == pytest.approx((0.01 + 1e-6) ** 0.5)
     with pytest.raises(InputError, match="charbonnier"):
@@ -128,6 +129,7 @@ def test_overrides_hold_for_all_stages_or_for_one(tmp_path: Path) -> None:
         ("training.memory=thin", "memory must be one of"),
         ("training.sync_batchnorm=true", "sync_batchnorm needs"),
         ("training.schedule=step", "decay_every"),
+        ("training={clip_by_lr=true, lr=0.0}", "clip_by_lr divides by lr"),
         ("levels.only=[30, 'x']", "only must be a list of numbers"),
         ("levels.only=[300]", "0..255"),
         ("levels.low=60", "above the highest"),
@@ -180,6 +182,47 @@ def test_export_states_what_was_measured(tmp_path: Path, task: str, label: str) 
     assert (tmp_path / "h").stat().st_size < 0.75 * (tmp_path / "w").stat().st_size
     for name, value in exact.items():
         assert torch.equal(half[name], value.half().float() if value.ndim == 4 else value), name
+
+
+def test_a_training_starts_from_the_official_network_in_the_format_of_mxnet(tmp_path: Path) -> None:
+    blobs = checkpoints.official_blobs(2, 1, 4)
+    arrays, symbol = checkpoints.mxnet_official(blobs, 2, 1)
+    path = tmp_path / "MemNet_M2R1-0000.params"
+    path.write_bytes(checkpoints.mxnet_params(arrays, 2))
+    (tmp_path / "MemNet_M2R1-symbol.json").write_bytes(symbol)
+    net, history = load_result(path)
+    assert net.config == dataclasses.replace(TINY, channels=4) and history[0]["name"] == path.name
+
+
+def test_a_recipe_may_be_validated_more_often_when_it_goes_on(tmp_path: Path) -> None:
+    assert not differences(recipe(tmp_path).to_dict(), recipe(tmp_path, validate_every=7).to_dict())
+
+
+def test_the_average_is_the_moving_average_over_few_steps_first(tmp_path: Path) -> None:
+    pytest.importorskip("lightning", reason="training needs the extra 'train'")
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    from memnet_fast.training.module import StageModule
+
+    def average(averaged: object, current: object, count: torch.Tensor) -> None:
+        get_ema_multi_avg_fn(min(0.4, (1 + int(count)) / (10 + int(count))))(averaged, current, count)
+
+    loaded = recipe(tmp_path, training__ema=0.4, training__settle=0)
+    net = MemNet(TINY)
+    module = StageModule(net, loaded, 0, images(), lambda m: None)
+    module.recipe = dataclasses.replace(loaded, network=TINY)
+    expected = AveragedModel(net, multi_avg_fn=average)
+    for _ in range(9):  # the fixed decay counts from the sixth on
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(torch.randn_like(p))
+            net(torch.rand(2, 1, 8, 8))
+        module._update_average(module.average)
+        expected.update_parameters(net)
+    result = module.result()
+    assert not result.training
+    for name, value in expected.module.state_dict().items():
+        assert torch.equal(result.state_dict()[name], value), name
 
 
 def test_paper_optimiser_and_modern_optimiser_treat_parameters_as_stated(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import signal
@@ -25,7 +26,7 @@ pytest.importorskip("lightning", reason="training needs the extra 'train'")
 from support.two_processes import one_step
 
 from memnet_fast import cli, weights
-from memnet_fast.errors import CheckpointCorrupt, CheckpointMismatch, InputError, NumericError
+from memnet_fast.errors import CheckpointCorrupt, CheckpointMismatch, InputError, NumericError, OutputError
 from memnet_fast.evaluation import mean_psnr
 from memnet_fast.tasks import TASKS
 from memnet_fast.training import module, run
@@ -136,7 +137,7 @@ def _result_of_seed(folder: Path, seed: int) -> dict[str, torch.Tensor]:
 
 
 def test_the_checkpoint_of_the_real_network_is_small(tmp_path: Path) -> None:
-    """A state that can be kept between sessions on other machines: below 16 MB, read without running anything."""
+    """A state that can be kept between legs: below 16 MB, read without running anything."""
     shape = {"network__channels": 64, "network__num_memory_blocks": 6, "stages__1__recursions": 6, "training__batch": 1}
     changes = {**shape, "training__steps": 1, "training__accumulate": 1, "training__warmup": 0, "training__settle": 1}
     train(recipe(tmp_path, **changes), hardware=CPU)
@@ -201,6 +202,89 @@ def test_changed_recipe_and_data_are_refused_with_what_changed(tmp_path: Path, m
     assert train(recipe(tmp_path, training__lr=1e-3), resume=True, override=True, hardware=CPU).done
 
 
+def test_a_changed_recipe_holds_from_where_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what the state of the optimiser holds, and an average that was not there before."""
+    _StopAt.left = 1
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_Stopping", _StopAt)
+        train(recipe(tmp_path, training__ema=0.0), hardware=CPU)
+    seen = []
+
+    def look(self: module.StageModule, *rest: Any) -> None:
+        original(self, *rest)
+        seen.append({group["weight_decay"] for group in self.optimizers().param_groups})
+
+    original = module.StageModule.on_train_batch_start
+    monkeypatch.setattr(module.StageModule, "on_train_batch_start", look)
+    changes = {"training__ema": 0.9, "training__weight_decay": 0.25}
+    assert train(recipe(tmp_path, **changes), resume=True, override=True, hardware=CPU).done
+    assert seen[0] == {0.0, 0.25}
+
+
+@pytest.mark.parametrize(("before", "after"), [("adamw", "sgd"), ("sgd", "adamw")])
+def test_another_optimiser_cannot_go_on(before: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _StopAt.left = 1
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_Stopping", _StopAt)
+        train(recipe(tmp_path, training__optimizer=before), hardware=CPU)
+    with pytest.raises(CheckpointMismatch, match="another optimiser"):
+        train(recipe(tmp_path, training__optimizer=after), resume=True, override=True, hardware=CPU)
+
+
+def test_a_network_in_eval_mode_is_trained_with_the_statistics_of_its_batches(tmp_path: Path) -> None:
+    loaded = recipe(tmp_path, stages__0__steps=1)
+    net = module.MemNet(dataclasses.replace(loaded.network, num_recursions=1)).eval()
+    trainee = module.StageModule(net, loaded, 0, images(), lambda m: None)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    module.lightning.Trainer(accelerator="cpu", max_steps=1, **options).fit(trainee)
+    assert int(trainee.net.first.bn.num_batches_tracked) == 1
+
+
+def test_the_log_has_every_told_step_also_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    changes = {"stages__0__steps": 7, "log_every": 3}
+    _StopAt.left = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_Stopping", _StopAt)
+        train(recipe(tmp_path, **changes), hardware=CPU)
+    train(recipe(tmp_path, **changes), resume=True, hardware=CPU)
+    losses = {}
+    for file in (tmp_path / "run" / "tensorboard" / "stage1").glob("events.*"):
+        events = event_accumulator.EventAccumulator(str(file)).Reload()
+        if "loss" in events.Tags()["scalars"]:
+            losses |= {event.step: event.value for event in events.Scalars("loss")}
+    assert sorted(losses) == [3, 6, 7] and all(math.isfinite(v) for v in losses.values())
+
+
+def test_nan_between_told_steps_reaches_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = module.multi_supervised, 0
+
+    def poisoned(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return original(*arguments) * (math.nan if calls == 2 else 1)
+
+    monkeypatch.setattr(module, "multi_supervised", poisoned)
+    with pytest.raises(NumericError, match="a weight is not finite after step 2"):
+        train(recipe(tmp_path, save_minutes=0, stages__0__steps=9, log_every=5), hardware=CPU)
+    state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state"]
+    assert state["step"] == 1 and all(torch.isfinite(v.float()).all() for v in state["net"].values())
+
+
+def test_processes_of_torchrun_that_would_train_alone_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="torchrun started 2 processes"):
+        train(recipe(tmp_path), hardware=CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_without_room_for_a_lock_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run" / ".lock").mkdir(parents=True)
+    with pytest.raises(OutputError, match="cannot write into"):
+        train(recipe(tmp_path), hardware=CPU)
+
+
 def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     train(recipe(tmp_path), hardware=CPU)
     last = tmp_path / "run" / "last.ckpt"
@@ -210,8 +294,8 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointCorrupt, match="last.ckpt"):
             train(recipe(tmp_path), resume=True, hardware=CPU)
     state = torch.load(tmp_path / "run" / "result", weights_only=True)
-    torch.save({**dict.fromkeys(("recipe", "data", "stage", "best", "state"), 0), **state, "version": 2}, last)
-    with pytest.raises(CheckpointMismatch, match="version 2"):
+    torch.save({**dict.fromkeys(("recipe", "data", "stage", "best", "state"), 0), **state, "version": 1}, last)
+    with pytest.raises(CheckpointMismatch, match="version 1"):
         train(recipe(tmp_path), resume=True, hardware=CPU)
 
 
@@ -398,6 +482,7 @@ def test_recipes_are_listed_copied_and_named_when_wrong(
     assert code == 2 and "there is no recipe and no file 'nothing'" in said and len(said.splitlines()) == 1
     code, _, said = memnet("train", "sr.toml", "data=nowhere")
     assert code == 2 and "there is no folder 'nowhere'" in said and len(said.splitlines()) == 1
+    assert not logging.getLogger("memnet_fast").handlers
 
 
 def test_results_read_back_with_their_history(tmp_path: Path) -> None:

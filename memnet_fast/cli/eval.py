@@ -29,7 +29,13 @@ _BASELINES = {"denoise": "noisy", "deblock": "JPEG", "sr": "bicubic"}
 @click.option("--protocol", default="paper", metavar="NAME", help="paper, full-y or rgb: the planes that take part.")
 @click.option("-n", "--model", metavar="NAME|FILE", help="A bundled model (memnet models) or a weight file of any format.")
 @click.option("--backend", default="auto", metavar="NAME", help="auto, or one that memnet doctor lists.")
-@click.option("-p", "--precision", default="auto", metavar="NAME", help="auto, fp32; with triton or torch tf32, bf16, fp16.")
+@click.option(
+    "-p",
+    "--precision",
+    default="auto",
+    metavar="NAME",
+    help="auto, fp32; on some backends tf32, bf16, fp16, fp8 (memnet doctor).",
+)
 @click.option("--algorithm", default="auto", metavar="NAME", help="auto, winograd (fast), direct.")
 @click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N.")
 @click.option("-x", "--tta", is_flag=True, help="Average over 8 flips and rotations (self-ensemble).")

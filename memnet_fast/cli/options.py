@@ -110,7 +110,7 @@ _COMMON = (
         "--precision",
         default="auto",
         metavar="NAME",
-        help="auto, fp32; on some backends tf32, bf16, fp16 (memnet doctor).",
+        help="auto, fp32; on some backends tf32, bf16, fp16, fp8 (memnet doctor).",
     ),
     click.option("--backend", default="auto", metavar="NAME", help="auto, or one that memnet doctor lists."),
     click.option("--algorithm", default="auto", metavar="NAME", help="auto, winograd (fast), direct (tiles are bit-equal)."),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 
 import click
 
@@ -44,13 +46,13 @@ def train(
     memnet train my.toml training.lr=2e-4 stages.0.steps=1000 --resume auto --max-minutes 10
 
     KEY=VALUE replaces a value of the recipe. SIGTERM and Ctrl-C end the training after the step at hand, with a checkpoint;
-    --resume auto goes on, to the same bits as without the interruption. Several devices share each batch.
+    --resume auto goes on, on CPUs to the same bits as without the interruption. Several devices share each batch.
     """
     ctx.ensure_object(State).verbose = verbose
     from memnet_fast.training.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    _set_up_log(quiet)
+    ctx.with_resource(_log_on_stderr(quiet))
     from memnet_fast.training.run import Hardware, train
 
     bar = progress == "bar" or (progress == "auto" and sys.stderr.isatty() and not quiet)
@@ -59,8 +61,17 @@ def train(
     return 128 + outcome.signal if outcome.signal else 0
 
 
-def _set_up_log(quiet: bool) -> None:
+@contextlib.contextmanager
+def _log_on_stderr(quiet: bool) -> Iterator[None]:
+    """Until the command ends: a program that calls it keeps its own handlers."""
+    log = logging.getLogger("memnet_fast")
+    handlers, level = log.handlers, log.level
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("memnet: %(message)s"))
-    logging.getLogger("memnet_fast").handlers = [handler]
-    logging.getLogger("memnet_fast").setLevel(logging.WARNING if quiet else logging.INFO)
+    log.handlers = [handler]
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    try:
+        yield
+    finally:
+        log.handlers = handlers
+        log.setLevel(level)

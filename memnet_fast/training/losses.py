@@ -13,7 +13,8 @@ _CHARBONNIER_EPS = 1e-3
 
 
 def _square(error: Tensor) -> Tensor:
-    return error.square().mean() / 2
+    """As Caffe's EuclideanLoss, for which the paper's rates and clipping are made: the sum over a patch, not its mean."""
+    return error.square().flatten(1).sum(1).mean() / 2
 
 
 def _charbonnier(error: Tensor) -> Tensor:
@@ -28,7 +29,8 @@ def multi_supervised(heads: list[Tensor], weights: Tensor | None, clean: Tensor,
     """alpha * d(ensemble) + (1 - alpha) * mean of d(head), alpha = 1 / (heads + 1); of a single output just d.
 
     heads: M outputs [N, C, H, W] of any float dtype. weights: [M], those of the ensemble; None with one output. clean:
-    float32, same shape. distance: a name in DISTANCES, averaged over all values. Returns a scalar, float32.
+    float32, same shape. distance: "square" (half the sum over a patch, mean over patches) or "charbonnier" (mean over all
+    values). Returns a scalar, float32.
     Raises InputError for another distance.
     """
     if distance not in DISTANCES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -11,14 +12,14 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, IterableDataset
 
 from memnet_fast.errors import CheckpointMismatch, NumericError
 from memnet_fast.reference import MemNet
 from memnet_fast.training import lean
 from memnet_fast.training.losses import multi_supervised
-from memnet_fast.training.recipe import Recipe, Stage
+from memnet_fast.training.recipe import Recipe
 from memnet_fast.training.samples import ImageSet, sample_batch
 
 
@@ -44,8 +45,11 @@ class StageModule(lightning.LightningModule):
         # Stages of one training see different batches.
         self.sample_seed = recipe.seed + 1_000_003 * stage
         layout = torch.channels_last if self.stage.channels_last else torch.contiguous_format
-        self.net = net.to(memory_format=layout)  # type: ignore[call-overload]
-        self.average = _averaged(net, self.stage) if self.stage.ema else None
+        # A result comes in eval mode, and Lightning leaves modes as they are.
+        self.net = net.train().to(memory_format=layout)  # type: ignore[call-overload]
+        # Only its parameters count: the statistics of batch normalisation are an average already.
+        self.average = copy.deepcopy(self.net).requires_grad_(False) if self.stage.ema else None
+        self.averaged = 0  # updates of the average
         self.step = 0
         self.seconds = 0.0
         self.last_loss = math.nan
@@ -59,10 +63,12 @@ class StageModule(lightning.LightningModule):
         self._heads = torch.compile(heads) if self.stage.compile else heads
 
     def state(self) -> dict[str, Any]:
-        """All that decides what comes next; with `restore`, an interrupted stage goes on to the same bits."""
+        """All that decides what comes next; with `restore`, an interrupted stage goes on, on CPUs to the same bits."""
+        average = None if self.average is None else {n: p.detach() for n, p in self.average.named_parameters()}
         return {
             "net": self.net.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
+            "average": average,
+            "averaged": self.averaged,
             "optimizer": self.optimizers().optimizer.state_dict(),  # type: ignore[union-attr]
             "step": self.step,
             "seconds": self.elapsed(),
@@ -78,22 +84,32 @@ class StageModule(lightning.LightningModule):
     def restore(self, state: dict[str, Any]) -> None:
         self.net.load_state_dict(state["net"])
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
+            # Of a stage that went without until now, the average begins here.
+            self.average.load_state_dict({**state["net"], **(state["average"] or {})})
+            self.averaged = state["averaged"]
         self._optimizer_state = state["optimizer"]
         self.step, self.seconds = state["step"], state["seconds"]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         biases = [m.bias for m in self.net.modules() if isinstance(m, nn.Conv2d) and m.bias is not None]
         slow = {id(p) for p in biases}
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        # By kind, not by value: with other values of weight_decay and bias_rate a checkpoint's groups stay the same.
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for p in self.net.parameters():
             # SGD as in the paper decays everything; AdamW, as is usual, only matrices.
-            decay = self.stage.weight_decay if self.stage.optimizer == "sgd" or p.ndim > 1 else 0.0
-            groups.setdefault((decay, self.stage.bias_rate if id(p) in slow else 1.0), []).append(p)
-        parameters = [{"params": ps, "weight_decay": decay, "factor": factor} for (decay, factor), ps in groups.items()]
+            groups.setdefault((self.stage.optimizer == "sgd" or p.ndim > 1, id(p) in slow), []).append(p)
+        parameters = [
+            {
+                "params": ps,
+                "weight_decay": self.stage.weight_decay if decays else 0.0,
+                "factor": self.stage.bias_rate if bias else 1.0,
+            }
+            for (decays, bias), ps in groups.items()
+        ]
         if self.stage.optimizer == "sgd":
             return torch.optim.SGD(parameters, lr=self.stage.lr, momentum=0.9)
-        return torch.optim.AdamW(parameters, lr=self.stage.lr, betas=(0.9, 0.99))
+        fused = True if self.device.type == "cuda" else None  # one kernel for each group
+        return torch.optim.AdamW(parameters, lr=self.stage.lr, betas=(0.9, 0.99), fused=fused)
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(_Ticks(), batch_size=None)
@@ -104,8 +120,14 @@ class StageModule(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         if self._optimizer_state is not None:
+            optimizer, saved = self.optimizers().optimizer, self._optimizer_state  # type: ignore[union-attr]
             try:
-                self.optimizers().optimizer.load_state_dict(self._optimizer_state)  # type: ignore[union-attr]
+                # The hyper-parameters are those of the recipe, which may have changed, and of this device.
+                groups = [
+                    {**own, "params": old["params"]}
+                    for own, old in zip(optimizer.param_groups, saved["param_groups"], strict=True)
+                ]
+                optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
             except (ValueError, KeyError) as error:
                 raise CheckpointMismatch(f"the checkpoint holds the state of another optimiser: {error}") from error
             self._optimizer_state = None
@@ -140,11 +162,18 @@ class StageModule(lightning.LightningModule):
             limit = self.stage.clip / self.stage.rate(self.step) if self.stage.clip_by_lr else self.stage.clip
             nn.utils.clip_grad_norm_(self.net.parameters(), limit)
 
+    def told(self, step: int) -> bool:
+        """Whether the loss of a step, counted from 1, is read; reading it makes a GPU wait."""
+        return step % self.recipe.log_every == 0 or step == self.stage.steps
+
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Only with a finite loss: a weight that has been NaN once stays NaN."""
+        """A weight that has been NaN once stays NaN: it is noticed at the next loss that is `told`, or before by
+        `checked_state`, so that it never reaches a checkpoint."""
 
         def closure() -> Any:
             result = optimizer_closure()
+            if not self.told(self.step + 1):
+                return result
             self.last_loss = float(torch.stack(self._losses).mean())
             if not math.isfinite(self.last_loss):
                 raise NumericError(f"the loss is {self.last_loss} at step {self.step}; the last good state is kept")
@@ -159,18 +188,29 @@ class StageModule(lightning.LightningModule):
         self._micro, self._losses = 0, []
         self.step += 1
         if self.average is not None:
-            self.average.update_parameters(self.net)
-        logged = {"loss": self.last_loss, "lr": self.stage.rate(self.step - 1)}
-        self.log_dict(logged, prog_bar=True)
-        self.log("step", float(self.step))  # Lightning's own count begins anew after an interruption
+            self._update_average(self.average)
+        if self.told(self.step):
+            logged = {"loss": self.last_loss, "lr": self.stage.rate(self.step - 1)}
+            self.log_dict(logged, prog_bar=True)
+            self.log("step", float(self.step))  # Lightning's own count begins anew after an interruption
         self._after_step(self)
+
+    @torch.no_grad()
+    def _update_average(self, average: MemNet) -> None:
+        """The first steps count little: for them the average is over fewer steps than `ema` stands for."""
+        n = self.averaged
+        decay = min(self.stage.ema, (1 + n) / (10 + n)) if n else 0.0
+        torch._foreach_lerp_(list(average.parameters()), list(self.net.parameters()), 1 - decay)
+        self.averaged += 1
 
     @torch.no_grad()
     def result(self) -> MemNet:
         """A copy of the trained network (averaged, with settled statistics, where the stage asks for them), in eval mode."""
-        trained = self.net if self.average is None else self.average.module
         net = MemNet(dataclasses.replace(self.recipe.network, num_recursions=self.stage.recursions)).to(self.device)
-        net.load_state_dict(trained.state_dict())
+        net.load_state_dict(self.net.state_dict())
+        if self.average is not None:
+            for p, averaged in zip(net.parameters(), self.average.parameters(), strict=True):
+                p.copy_(averaged)
         if self.stage.settle:
             # Batches that training does not see. In float32: statistics of rounded activations are not wanted.
             first = self.stage.steps * self.stage.accumulate
@@ -181,13 +221,3 @@ class StageModule(lightning.LightningModule):
 
 def _plain_heads(net: MemNet, x: Tensor) -> list[Tensor]:
     return net.heads(x)
-
-
-def _averaged(net: MemNet, stage: Stage) -> AveragedModel:
-    """The first steps count little: for them the average is over fewer steps than `ema` stands for."""
-
-    def average(averaged: Any, current: Any, count: Tensor | int) -> None:
-        decay = min(stage.ema, (1 + int(count)) / (10 + int(count)))
-        get_ema_multi_avg_fn(decay)(averaged, current, count)
-
-    return AveragedModel(net, multi_avg_fn=average).requires_grad_(False)

@@ -31,7 +31,7 @@ from memnet_fast.training.losses import DISTANCES
 from memnet_fast.training.samples import Levels
 
 # What may differ when a training is continued: where things lie, and how often they are looked at.
-_FREE = ("data", "validation", "output", "init", "save_minutes", "log_every")
+_FREE = ("data", "validation", "output", "init", "save_minutes", "log_every", "validate_every")
 _CHOICES = {
     "optimizer": ("adamw", "sgd"),
     "schedule": ("cosine", "step", "constant"),
@@ -53,7 +53,8 @@ class Stage:
     clip: greatest norm of the gradient, 0 for none; clip_by_lr: divided by the learning rate (the paper's clipping).
     ema: decay of the average of the weights, which becomes the result; 0: the last weights do. settle: batches over which the
     statistics of batch normalisation are taken anew for validation and result; 0 keeps the running ones.
-    loss: "charbonnier" or "square". precision: "fp32", or "bf16" for autocast. memory: "lean" (see training.lean) or "plain".
+    loss: "charbonnier" or "square" (see training.losses). precision: "fp32" (by PyTorch's default, CUDA's convolutions
+    round to TF32) or "bf16" for autocast. memory: "lean" (see training.lean) or "plain".
     channels_last, compile: the memory format, and torch.compile. sync_batchnorm: statistics over all processes (CUDA; plain).
     """
 
@@ -95,6 +96,8 @@ class Stage:
             raise InputError(f"ema must be at least 0 and below 1, got {self.ema}")
         if self.schedule == "step" and self.decay_every == 0:
             raise InputError("the schedule 'step' needs decay_every")
+        if self.clip_by_lr and self.lr == 0:
+            raise InputError("clip_by_lr divides by lr, which must not be 0")
         if self.memory == "lean" and self.sync_batchnorm:
             raise InputError("sync_batchnorm needs memory = 'plain': the lean path takes the statistics of one process")
 

@@ -49,7 +49,7 @@ def load_result(path: str | os.PathLike[str]) -> tuple[MemNet, list[dict[str, An
 
     Raises CheckpointCorrupt and the other errors of `load_weights`.
     """
-    if os.fspath(path).endswith((".safetensors", ".caffemodel", ".pth", ".pt", ".tar")):
+    if os.fspath(path).endswith((".safetensors", ".caffemodel", ".params", ".pth", ".pt", ".tar")):
         loaded = load_any(path, False)
         history = loaded.info.get("recipe") or [{"name": Path(path).name, "sha256": loaded.sha256}]
         return loaded.net, history if isinstance(history, list) else [history]

@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -23,9 +24,9 @@ from typing import Any
 
 import torch
 
-from memnet_fast import __version__
+from memnet_fast import __version__, files
 from memnet_fast.config import MemNetConfig
-from memnet_fast.errors import CheckpointMismatch, InputError, MissingExtra
+from memnet_fast.errors import CheckpointMismatch, InputError, MissingExtra, OutputError
 from memnet_fast.evaluation import mean_psnr
 from memnet_fast.fused import fuse
 from memnet_fast.reference import MemNet
@@ -46,7 +47,7 @@ try:
 except ImportError as error:
     raise MissingExtra(f"training needs Lightning and TensorBoard ({error}); pip install 'memnet_fast[train]'") from error
 
-_VERSION = 1
+_VERSION = 2
 _log = logging.getLogger(__name__)
 
 
@@ -116,8 +117,9 @@ def train(
 ) -> Outcome:
     """Trains a recipe, or goes on with it.
 
-    resume: go on from last.ckpt in the output folder, if there is one; without it a folder that has one is refused. The
-    weights are then, bit by bit, those of a training that was never interrupted (with the same processes and devices).
+    resume: go on from last.ckpt in the output folder, if there is one; without it a folder that has one is refused. On CPUs
+    the weights are then, bit by bit, those of a training that was never interrupted (with the same processes); a GPU may add
+    up gradients in another order.
     override: also with a changed recipe. max_minutes: stop after that time, with a checkpoint.
 
     Raises InputError (recipe, data, folder in use), CheckpointMismatch (changed recipe or data; lists the changes),
@@ -130,6 +132,10 @@ def train(
     if max_minutes is not None and not max_minutes > 0:
         raise InputError(f"max_minutes must be positive, got {max_minutes}")
     world = hardware.devices * hardware.nodes
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) != world:
+        # Each of its processes would train alone.
+        started = os.environ["WORLD_SIZE"]
+        raise InputError(f"torchrun started {started} processes, devices x nodes are {world}; give --devices and --nodes")
     for stage in recipe.stages:
         if stage.batch % world:
             raise InputError(f"a batch of {stage.batch} cannot be shared by {world} processes")
@@ -160,13 +166,18 @@ def train(
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One training for each folder. The lock goes with the process, however that ends."""
-    with (folder / ".lock").open("w") as file:
+    try:
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise OutputError(f"cannot write into {folder}: {error.strerror or error}") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise InputError(f"another training writes into {folder}; choose another output") from None
-        for part in folder.glob(".memnet-*.part"):  # of a writer that was killed
-            part.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot lock {folder}: {error.strerror or error}") from error
+        files.sweep(folder)
         yield
 
 
@@ -289,13 +300,13 @@ class _Run:
                 enable_progress_bar=self.hardware.bar,
                 callbacks=callbacks,
                 logger=TensorBoardLogger(self.output, name="tensorboard", version=f"stage{self.stage + 1}"),
-                log_every_n_steps=self.recipe.log_every,
+                log_every_n_steps=1,  # the module decides; Lightning's own count begins anew after an interruption
             )
             trainer.fit(module)
 
     def _after_step(self, module: StageModule) -> None:
         done = module.step == module.stage.steps
-        if module.step % self.recipe.log_every == 0 or done:
+        if module.told(module.step):
             self._say(module, f"loss {module.last_loss:.5f}, learning rate {module.stage.rate(module.step - 1):.3g}")
         if self.recipe.validate_every and module.step % self.recipe.validate_every == 0 and not done:
             self._validate(module, module.result())
