@@ -9,6 +9,7 @@ must skip exactly the files that are there, make exactly the others, and leave n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,8 @@ def interrupt(folder: Path, count: int, files: int = 24, seed: int = 0) -> dict[
         histogram[len(found)] += 1
         different = [name for name, data in found.items() if expected.get(name) != data]
         told["incomplete"] += len(different)
+        if different:
+            problems.append(f"backends in the journal: {', '.join(_backends(folder / 'out')) or 'none'}")
         problems += [f"{signal.Signals(number).name} left {name} of {len(found[name])} bytes" for name in different]
         left = len(list((folder / "out").glob(".memnet-*.part")))
         told["temporary_files_met"] += left
@@ -107,6 +111,9 @@ def _start(folder: Path, output: str, *more: str) -> int:
         code = int(end.code or 0)
     except KeyboardInterrupt:  # before the command has begun
         code = 128 + signal.SIGINT
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
     finally:
         os._exit(code)
 
@@ -118,6 +125,16 @@ def _finish(child: int) -> int:
 
 def _outputs(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*") if path.suffix in _SUFFIXES}
+
+
+def _backends(folder: Path) -> list[str]:
+    """What the runs over a folder chose: another backend gives other bits."""
+    found = set()
+    for path in (folder / ".memnet").glob("*.jsonl"):
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut, or one about an output
+                found.add(str(json.loads(line)["settings"]["backend"]))
+    return sorted(found)
 
 
 def _wrong(folder: Path, expected: dict[str, bytes], before: dict[str, bytes]) -> str:

@@ -14,6 +14,10 @@ def _load() -> tuple[ModuleType | None, ImportError | None]:
     try:
         from . import _native_cuda  # type: ignore[attr-defined, unused-ignore]
     except ImportError as error:
+        # A signal that meets the import is reported by pybind11 as a failed one; kept as such, it would switch the module off
+        # for the rest of the process.
+        if isinstance(error.__cause__, KeyboardInterrupt | SystemExit):
+            raise error.__cause__ from None
         return None, error
     return _native_cuda, None
 

@@ -38,7 +38,7 @@ class Taps:
         return slice(low, int(indices.max()) + 1), Taps(indices - low, self.weights[start:stop], self.scale)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)  # those of a large image are large
 def taps(length: int, out_length: int, scale: float) -> Taps:
     """Taps from an axis of `length` pixels to one of `out_length`. scale is that of the pixel grid, which differs from
     out_length / length where MATLAB rounds a size up. The arrays are shared: do not write to them."""

@@ -6,6 +6,7 @@ the command line would write; the slider shows 8 bits of it.
 
 from __future__ import annotations
 
+import atexit
 import tempfile
 import threading
 import time
@@ -40,7 +41,8 @@ def build(**options: Any) -> Any:
     """The page, a gradio.Blocks that is not served yet. options: further arguments of every Restorer."""
     gr = gradio()
     busy = threading.Lock()
-    folder = Path(tempfile.mkdtemp(prefix="memnet-ui-"))
+    results = tempfile.TemporaryDirectory(prefix="memnet-ui-")
+    atexit.register(results.cleanup)
 
     @lru_cache(maxsize=4)
     def restorer(task: str, scale: int | None, color: str, tta: bool) -> Restorer:
@@ -67,9 +69,11 @@ def build(**options: Any) -> Any:
                 start = time.perf_counter()
                 result = chosen.restore(source.pixels, told)
                 seconds = time.perf_counter() - start
-            place = Path(tempfile.mkdtemp(dir=folder))
+            place = Path(tempfile.mkdtemp(dir=results.name))
             target = place / Path(path).name
-            images.write_image(target, result.image, source.format, metadata=source.metadata)
+            # By the name, as the command line does.
+            format = images.EXTENSIONS.get(target.suffix.lower(), source.format)
+            images.write_image(target, result.image, format, metadata=source.metadata)
         except MemNetError as error:
             raise gr.Error(describe(error).replace(path, Path(path).name)) from error
         height, width = result.image.shape[:2]
@@ -98,7 +102,7 @@ def build(**options: Any) -> Any:
                 download = gr.File(label="Result", interactive=False, elem_id="download")
         task.change(lambda name: gr.update(visible=TASKS[name] == "sr"), task, scale, api_name=False)
         start.click(restore, [upload, task, scale, color, tta], [slider, download, facts], api_name="restore")
-    page.allowed_folder = str(folder)
+    page.allowed_folder = results.name
     return page
 
 

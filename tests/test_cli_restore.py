@@ -14,6 +14,7 @@ from PIL import Image
 from support.restoring import picture, small_net
 
 from memnet_fast import cli
+from memnet_fast.errors import BackendUnavailable
 from memnet_fast.restore import Restorer, images, pipeline
 from memnet_fast.weights import save_weights
 
@@ -248,6 +249,21 @@ def test_a_device_that_stops_working_ends_the_job_with_5(run, monkeypatch):
     code, _, err = run("denoise", "-i", "in", "-o", "out", "-n", "net", "--log", "run.json")
     assert code == 5 and "the device stopped working: CUDA error" in err and "in/a.png" in err
     assert [f["status"] for f in log()["files"]] == ["failed", "not tried"]
+
+
+def test_a_log_that_cannot_be_written_hides_no_other_error(run, monkeypatch):
+    draw("in/a.png")
+    Path("file").touch()
+    flags = ["denoise", "-i", "in", "-o", "out", "-n", "net", "--log", "file/run.json"]
+    code, _, err = run(*flags)
+    assert code == 3 and "cannot make the folder file" in err
+
+    def gone(*args, **options):
+        raise BackendUnavailable("cuda", "the device stopped working")
+
+    monkeypatch.setattr(pipeline, "run_job", gone)
+    code, _, err = run(*flags, "--existing", "overwrite")
+    assert code == 5 and "cannot make the folder file" in err and "the device stopped working" in err
 
 
 def test_numbers_do_not_follow_the_locale(run):

@@ -220,5 +220,25 @@ def test_broken_module_keeps_the_original_error(tmp_path):
     assert "libstrange.so.7" in answer["raised"][1]
 
 
+@pytest.mark.parametrize("name", ["native", "native_cuda"])
+def test_a_signal_during_the_import_does_not_switch_the_module_off(tmp_path, name):
+    package = tmp_path / "memnet_copy"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / f"{name}.py").write_text(Path(native.__file__).with_name(f"{name}.py").read_text())
+    (package / f"_{name}.py").write_text(
+        "import sys\nif not hasattr(sys, 'met'):\n    sys.met = True\n    raise ImportError('failed') from SystemExit(143)\n"
+    )
+    code = f"""
+from memnet_copy import {name} as loader
+try:
+    loader.why_missing()
+except SystemExit as end:
+    print(end.code, loader.why_missing())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "143 None\n"
+
+
 def test_never_built_module_is_reported(tmp_path):
     assert "not built or installed" in _reason(tmp_path, None, broken=False)["why"]

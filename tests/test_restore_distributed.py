@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import pickle
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +21,9 @@ from memnet_fast.errors import BackendUnavailable, InputError, NumericError, Out
 from memnet_fast.restore import Restorer, images
 from memnet_fast.restore.isolation import Reading
 from memnet_fast.restore.job import plan_job
-from memnet_fast.restore.journal import read_lines
+from memnet_fast.restore.journal import key_of, read_lines
 from memnet_fast.restore.pipeline import run_job
-from memnet_fast.restore.report import JobReport
+from memnet_fast.restore.report import FileResult, JobReport
 
 pa = pytest.importorskip("pyarrow")
 distributed = pytest.importorskip("memnet_fast.restore.distributed")
@@ -140,7 +143,7 @@ def test_a_result_that_is_not_finite_fails_alone_and_an_option_that_fits_nothing
         results = work(replace(orders(here, "overwrite"), restorer={**OPTIONS, **options}))
         job = plan_job(["in"], "out", recursive=True, existing="overwrite")
         with pytest.raises(error):
-            distributed._take(results["a.png"], job, JobReport(), None, None)
+            distributed._take(results["a.png"], job, JobReport(), None, None, 1)
 
 
 def test_errors_that_cannot_be_sent_are_sent_as_text(here, monkeypatch):
@@ -188,6 +191,43 @@ def test_bad_options_are_said_before_a_cluster_is_asked_for(here, monkeypatch, o
         distributed.run_on_ray(plan_job(["in"], "in", recursive=True, existing="overwrite"), OPTIONS)
     with pytest.raises(InputError, match="into a folder"):
         distributed.run_on_ray(plan_job(["in/a.png"], "b.png"), OPTIONS)
+
+
+def answered(monkeypatch, answers, **options) -> JobReport:
+    """A job on a cluster that gives these answers."""
+    ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 2}, exceptions=SimpleNamespace(RayError=ConnectionError))
+    monkeypatch.setattr(distributed, "_ray", lambda: ray)
+    monkeypatch.setattr(distributed, "_cluster", lambda *args: contextlib.nullcontext())
+    monkeypatch.setattr(distributed, "_results", lambda *args: iter(answers))
+    return distributed.run_on_ray(plan_job(["in"], "out", recursive=True, existing="skip"), {**OPTIONS, **options})
+
+
+def results_of(count: int) -> list[FileResult]:
+    return [FileResult(i, None, "restored", dict.fromkeys(distributed.STAGES, 1.0), size=(30, 20)) for i in range(count)]
+
+
+def test_stages_count_the_pixels_that_went_in_and_the_mark_has_its_key(here, monkeypatch):
+    settings = {"backend": "torch"}
+    report = answered(monkeypatch, [(settings, result) for result in results_of(3)], task="sr", scale=2)
+    assert {name: stage.pixels for name, stage in report.stages.items()} == {"decode": 450, "network": 450, "encode": 1800}
+    mark = json.loads(Path("out/.memnet/success.json").read_text())
+    assert mark == {"key": key_of(settings), "restored": 3, "skipped": 0}
+
+
+def test_machines_that_chose_different_backends_are_refused(here, monkeypatch):
+    answers = zip([{"backend": "cpu"}, {"backend": "cpu"}, {"backend": "torch"}], results_of(3), strict=True)
+    with pytest.raises(InputError, match="chose different backends; name one with --backend"):
+        answered(monkeypatch, answers)
+    assert not Path("out/.memnet/success.json").exists()
+
+
+def test_an_output_that_cannot_be_read_is_not_replaced(here, monkeypatch):
+    local = storage.storage_of("/")
+    assert local.digest(str(here / "none")) is None and local.digest(str(here / "in")) == "unreadable"
+    monkeypatch.setattr(storage.Storage, "digest", lambda self, path: "unreadable" if path.endswith("a.png") else None)
+    results = work(orders(here, "skip"))
+    assert {name: r.status for name, r in results.items()} == {"a.png": "failed", "b.png": "restored", "c.jpg": "restored"}
+    assert "no run recorded" in str(results["a.png"].error)
 
 
 def test_plans_by_uri(here):

@@ -113,6 +113,28 @@ def test_outputs_of_an_earlier_run_are_never_inputs(here):
     assert plan(["in/**/*.png"], "in/out", existing="overwrite") == {"in/a.png": "in/out/a.png"}
 
 
+def test_a_folder_with_a_journal_is_ignored_but_may_be_named(here):
+    touch("in/a.png", "in/old/a.png", "in/old/sub/b.png", "in/old/.memnet/journal.jsonl", "in/other/c.png")
+    planned = job.plan_job(["in"], "out", recursive=True)
+    assert [str(i.source) for i in planned.items] == ["in/a.png", "in/other/c.png"]
+    assert planned.ignored == [(Path("in/old"), "a folder of outputs")]
+    assert len(plan(["in/old"], "out", recursive=True)) == 2
+
+
+def test_a_glob_follows_no_link_to_a_folder(here):
+    touch("in/a.png", "in/sub/b.png", "elsewhere/secret.png")
+    os.symlink("../elsewhere", "in/outside")
+    os.symlink(".", "in/loop")
+    os.symlink("in", "door")
+    for pattern in ("in/**/*.png", "in/*/../*.png", "door/**/*.png"):
+        planned = job.plan_job([pattern], "out")
+        found = {os.path.realpath(i.source) for i in planned.items}
+        assert found <= {str(here / "in/a.png"), str(here / "in/sub/b.png")} and str(here / "in/a.png") in found
+        assert {reason for _, reason in planned.ignored} <= {"below a link to a folder"}
+    assert plan(["in/**/*.png"], "out").keys() == {"in/a.png", "in/sub/b.png"}
+    assert plan(["in/outside/*.png"], "out").keys() == {"in/outside/secret.png"}, "a link that is named is meant"
+
+
 def test_hidden_folders_are_not_entered(here):
     touch("in/a.png", "in/.git/b.png", "in/.memnet/c.png")
     planned = job.plan_job(["in"], "out", recursive=True)
@@ -174,6 +196,7 @@ def test_formats_name_their_files(here, name, format, expected, code):
         (["a.png"], "b.png", {"log": "s.png", "compare": "s.png"}, "two outputs would be written to s.png"),
         (["a.png"], "b.png", {"existing": "keep"}, "choose from error, skip, overwrite"),
         (["a.png"], "a.png", {"existing": "skip"}, "is the input itself"),
+        (["a.png"], "b", {"existing": "skip", "format": "png"}, "the name b must tell its format"),
         (["a.png"], "b.png", {"format": "gif"}, "choose from same, png"),
     ],
 )

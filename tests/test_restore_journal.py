@@ -230,6 +230,21 @@ def test_journals_of_several_writers_are_read_together(here, restorer):
     assert set(read_lines(Path("out"))) == {"a.png", "b.png", "sub/c.png"}
 
 
+def test_a_journal_that_cannot_be_read_counts_for_nothing(here, restorer, caplog):
+    run(restorer)
+    Path("out/.memnet/strange.jsonl").mkdir()
+    assert run(restorer) == SKIPPED
+    assert "strange.jsonl cannot be read" in caplog.text
+
+
+def test_a_closed_journal_writes_into_no_other_file(here):
+    with open_journal(Path("out"), "key") as journal:
+        pass
+    with open("other", "wb"), pytest.raises(OutputError, match="cannot write the journal"):
+        journal.announce(Path("out/a.png"), "one", "two")
+    assert Path("other").read_bytes() == b""
+
+
 def test_a_journal_that_cannot_be_written(here, restorer, monkeypatch):
     monkeypatch.setattr(os, "write", lambda file, data: len(data) - 1)
     with pytest.raises(OutputError, match="disk is full"):

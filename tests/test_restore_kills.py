@@ -7,6 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import kills
+
+
+def test_the_backends_of_earlier_runs_are_read_from_the_journal(tmp_path):
+    (tmp_path / ".memnet").mkdir()
+    text = '{"run": "1", "settings": {"backend": "torch"}}\n{"output": "a"}\n[]\n{"run": "2", "settings": {"backend": "cpu"}}\n'
+    (tmp_path / ".memnet/journal.jsonl").write_text(text + '{"run": "3", "settings": {"backend": "tri')
+    assert kills._backends(tmp_path) == ["cpu", "torch"]
+
 
 def test_fifteen_ends_at_random_moments():
     """`python -m benchmarks.kills 200` is the long version."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 import warnings
@@ -297,6 +298,40 @@ def test_errors_that_concern_every_file_end_the_job(here, restorer, monkeypatch,
     assert len(calls) == 1 and images_in("out") == []
     failed = [r.status for r in report.results]
     assert failed == ([] if expected is InputError else ["failed"]), "the file that a device died with is named"
+
+
+def test_a_second_signal_waits_for_the_threads_that_write(here, restorer, monkeypatch):
+    """Nothing may be closed below them: what is being written is recorded, and whole."""
+    draw("in/a.png")
+    original = images.encode
+
+    def slow(*args):
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+        return original(*args)
+
+    monkeypatch.setattr(images, "encode", slow)
+    with pytest.raises(KeyboardInterrupt):
+        run(restorer, ["in"], "out")
+    assert images_in("out") == ["a.png"]
+    monkeypatch.undo()
+    os.chdir(here)
+    assert run(restorer, ["in"], "out", existing="skip").count("skipped") == 1
+
+
+@pytest.mark.parametrize("compare", [None, "strip.png"])
+def test_pixels_of_an_input_are_kept_only_for_a_strip(here, restorer, monkeypatch, compare):
+    draw("a.png")
+    original, kept = pipeline._Run._save, []
+
+    def watching(self, index, loaded, result):
+        kept.append(len(loaded.source.frames))
+        original(self, index, loaded, result)
+
+    monkeypatch.setattr(pipeline._Run, "_save", watching)
+    assert run(restorer, ["a.png"], "b.png", compare=compare).count("restored") == 1
+    assert kept == [0 if compare is None else 1]
 
 
 def test_an_output_folder_that_cannot_be_made_ends_the_job(here, restorer):

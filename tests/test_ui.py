@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import base64
 import contextlib
 import json
@@ -70,6 +71,25 @@ def test_the_download_is_what_the_restorer_gives(client, photo, arguments, optio
     before, after = (np.asarray(Image.open(name)) for name in slider)
     assert before.shape == after.shape == (*expected.shape[:2], 3)
     assert np.array_equal(after[..., : expected.shape[2]], expected)
+
+
+def test_the_name_tells_the_format_of_the_download(client, tmp_path):
+    """As with the command line, whatever the upload holds."""
+    Image.fromarray(picture((20, 31, 3))).save(tmp_path / "photo.png", format="JPEG")
+    _, download, _ = ask(client, str(tmp_path / "photo.png"))
+    with Image.open(download) as result:
+        assert result.format == "PNG"
+
+
+def test_results_are_removed_at_the_end(monkeypatch):
+    at_end = []
+    monkeypatch.setattr(atexit, "register", at_end.append)
+    folder = Path(ui.build().allowed_folder)
+    (folder / "result.png").touch()
+    for step in at_end:
+        if getattr(step, "__self__", None).__class__.__name__ == "TemporaryDirectory":
+            step()
+    assert not folder.exists()
 
 
 def test_errors_are_one_line_without_paths(client, tmp_path):

@@ -1,5 +1,6 @@
 """The command line. Exit codes: 0 done, 2 bad options, 3 some files failed, 4 nothing matched, 5 the asked device or backend
-cannot run, 130 interrupted. Results go to stdout, everything said to people to stderr.
+cannot run, 130 interrupted, 143 ended by SIGTERM, 1 an error that nobody foresaw. Results go to stdout, everything said to
+people to stderr.
 
 Command modules import nothing but click at their top: `memnet --help` must not wait for torch.
 """

@@ -14,6 +14,7 @@ from memnet_fast import __version__
 from memnet_fast.cli.messages import State, say, say_error, shown
 from memnet_fast.cli.options import RestoreCommand, restoring
 from memnet_fast.cli.progress import Reporter, reporter
+from memnet_fast.errors import OutputError
 
 if TYPE_CHECKING:
     from memnet_fast.restore import Restorer
@@ -163,7 +164,12 @@ def _restore(ctx: click.Context, job: Job, task: str, options: dict[str, Any]) -
             told.event("end", **counts, left=left, seconds=round(report.seconds, 3), stages=_stages(report))
     finally:
         if options["log"] is not None:
-            _write_log(Path(options["log"]), job, report, options, task, state)
+            try:
+                _write_log(Path(options["log"]), job, report, options, task, state)
+            except OutputError as error:
+                if state != "not finished":
+                    raise
+                say_error(error)  # the exception under way says why the job ended
     if not quiet:
         say(_summary(job, report))
         if len(job.items) > 1:
@@ -247,7 +253,7 @@ def _summary(job: Job, report: JobReport) -> str:
         text += f", {left} not tried"
     pixels = sum(r.size[0] * r.size[1] * r.frames for r in report.results if r.size is not None)
     speed = pixels / report.seconds / 1e6 if report.seconds > 0 else 0.0
-    how = ", ".join(str(report.settings[name]) for name in ("backend", "precision", "algorithm"))
+    how = ", ".join(str(report.settings.get(name, "?")) for name in ("backend", "precision", "algorithm"))
     return f"{text}{_ignored(job)}; {report.seconds:.2f} s, {speed:.3g} megapixels/s ({how})"
 
 

@@ -36,7 +36,7 @@ from memnet_fast.files import sweep
 from memnet_fast.restore import images
 from memnet_fast.restore.isolation import Reading
 from memnet_fast.restore.job import Item, Job
-from memnet_fast.restore.journal import FOLDER, key_of, open_journal, parse_lines
+from memnet_fast.restore.journal import FOLDER, key_of, open_journal, parse_lines, unknown_origin
 from memnet_fast.restore.pipeline import JobProgress, settings_of
 from memnet_fast.restore.report import STAGES, FileResult, JobReport, Stage
 from memnet_fast.restore.restorer import Restorer
@@ -119,8 +119,12 @@ def run_on_ray(
         try:
             for settings, result in _results(ray, rows, orders, count, resources):
                 report.seconds = time.perf_counter() - start
-                report.settings = settings
-                _take(result, job, report, progress, on_result)
+                if settings and report.settings and settings != report.settings:
+                    raise InputError(
+                        "the machines of the cluster chose different backends; name one with --backend and --precision"
+                    )
+                report.settings = settings or report.settings
+                _take(result, job, report, progress, on_result, local.scale)
                 if stop_on_error and result.error is not None:
                     break
         except ray.exceptions.RayError as error:
@@ -130,7 +134,8 @@ def run_on_ray(
             report.seconds = time.perf_counter() - start
         if len(report.results) == len(job.items) and report.count("failed") == 0:
             counts = {status: report.count(status) for status in ("restored", "skipped")}
-            target.write(posixpath.join(folder, FOLDER, "success.json"), (json.dumps(counts) + "\n").encode())
+            mark = json.dumps({"key": key_of(report.settings), **counts}) + "\n"
+            target.write(posixpath.join(folder, FOLDER, "success.json"), mark.encode())
     return report
 
 
@@ -239,16 +244,18 @@ def _take(
     report: JobReport,
     progress: JobProgress | None,
     on_result: Callable[[FileResult], None] | None,
+    scale: int,
 ) -> None:
     result = replace(result, item=job.items[result.index])
     if isinstance(result.error, InputError | BackendUnavailable):
         raise result.error  # the fault is not the file's
     report.results.append(result)
+    pixels = (result.size[0] * result.size[1] * result.frames) if result.size is not None else 0
     for name, seconds in result.seconds.items():
         stage = report.stages[name]
         stage.seconds += seconds
         stage.images += 1
-        stage.pixels += (result.size[0] * result.size[1] * result.frames) if result.size is not None else 0
+        stage.pixels += pixels if name == "encode" else pixels // scale**2
     if progress is not None:
         progress(result.index, 1, 1, len(report.results) / len(job.items))
     if on_result is not None:
@@ -348,9 +355,7 @@ class _Worker:
         # A batch that is given to a second actor finds what the first one wrote: the same bytes.
         known = {hashlib.sha256(file.data).hexdigest(), *(line[2] for line in file.lines)}
         if present is not None and present not in known:
-            raise OutputError(
-                f"{file.target} exists already, and no run recorded that it wrote this; --existing overwrite replaces it"
-            )
+            raise OutputError(unknown_origin(file.target))
 
     def _announce(self, files: Sequence[_File]) -> None:
         if not files:

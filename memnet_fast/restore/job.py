@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from memnet_fast.errors import InputError
 from memnet_fast.restore.images import EXTENSIONS
+from memnet_fast.restore.journal import FOLDER
 
 if TYPE_CHECKING:
     from memnet_fast.restore.storage import Storage
@@ -80,7 +81,7 @@ def plan_job(
     existing: "error", "overwrite", or "skip": keep what an earlier run wrote for the same input, with the same weights and
     options. A journal is kept in the output folder; for a single file only with "skip".
     compare, log: further files that the job will write, held to the same rules.
-    Outputs of an earlier run below an input folder are never taken as inputs.
+    Outputs of an earlier run in a folder that is searched are never taken as inputs: folders in it with a journal are ignored.
     Raises InputError if an input does not exist, two inputs have one output, an output is the file of another input, is its own
     input (unless "overwrite"), or, with "error", exists already.
     """
@@ -94,6 +95,9 @@ def plan_job(
     to_folder = not as_file or os.path.isdir(output) or output.endswith((os.sep, os.altsep or os.sep))
     if to_folder and os.path.exists(output) and not os.path.isdir(output):
         raise InputError(f"{output} is a file, but several inputs, a folder or a glob need a folder")
+    if existing == "skip" and not to_folder and Path(output).suffix.lower() not in EXTENSIONS:
+        # The journal would not know the format of what is there.
+        raise InputError(f"with --existing skip the name {output} must tell its format; add an extension")
     found = _find(inputs, recursive, Path(output) if to_folder else None)
     items = []
     for source, relative in found.files:
@@ -139,6 +143,10 @@ def _find_in_folder(folder: Path, recursive: bool, skip: Path | None, found: _Fo
             found.ignored.append((here, "the output folder"))
             names.clear()
             continue
+        if here != folder and (here / FOLDER).is_dir():
+            found.ignored.append((here, "a folder of outputs"))
+            names.clear()
+            continue
         for name in sorted(files):
             found.take(here / name, (here / name).relative_to(folder), folder)
         if not recursive:
@@ -159,6 +167,10 @@ def _find_by_glob(pattern: str, skip: Path | None, found: _Found) -> None:
             continue
         if skip is not None and skip != Path(os.path.realpath(root)) and skip in Path(os.path.realpath(path)).parents:
             found.ignored.append((path, "in the output folder"))
+        elif os.path.realpath(path.parent) != os.path.normpath(
+            os.path.join(os.path.realpath(root), path.parent.relative_to(root))
+        ):
+            found.ignored.append((path, "below a link to a folder"))
         else:
             found.take(path, path.relative_to(root), root)
 

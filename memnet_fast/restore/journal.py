@@ -9,8 +9,9 @@ A line is on disk before its output gets its final name, and an output counts as
 line whose key and input are those of now. So no order of crashes lets a file be skipped wrongly: without the rename the bytes
 do not match the line, and with it the line is already there.
 
-The key is the digest of everything else that the bytes of an output depend on: weights, options, backend and versions. Moving
-the folder, or the inputs, does not matter.
+The key is the digest of weights, options, backend and the version of this package. What the machine decides (its vector
+instructions; with winograd the tile that its memory allows; the versions of the codecs) may change last bits and does not
+count. Moving the folder, or the inputs, does not matter.
 """
 
 from __future__ import annotations
@@ -132,11 +133,28 @@ def open_journal(folder: Path, key: str, *, alone: bool = True) -> Iterator[Jour
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    journal = None
     try:
         _lock_file(file, folder, alone)
-        yield Journal(folder, key, file)
+        for place in (path.parent, folder):  # a line is worth nothing if the name of its file is lost with the power
+            _sync(place)
+        journal = Journal(folder, key, file)
+        yield journal
     finally:
+        if journal is not None:
+            journal._file = -1  # its number may soon be another file's
         os.close(file)
+
+
+def _sync(folder: Path) -> None:
+    try:
+        file = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise OutputError(f"cannot write the journal in {folder}: {error.strerror or error}") from error
 
 
 def _lock_file(file: int, folder: Path, alone: bool) -> None:
@@ -169,12 +187,18 @@ def unknown_origin(target: object) -> str:
 
 
 def read_lines(folder: Path) -> dict[str, set[Line]]:
-    """Output, as a path in the folder -> every line about it."""
+    """Output, as a path in the folder -> every line about it. A file that cannot be read is passed over with a warning."""
 
     def contents() -> Iterator[bytes]:
         for path in sorted((folder / FOLDER).glob("*.jsonl")):
-            with contextlib.suppress(FileNotFoundError):
-                yield path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                _log.warning("%s cannot be read (%s): what it records does not count", path, error.strerror or error)
+                continue
+            yield content
 
     return parse_lines(contents())
 

@@ -151,7 +151,7 @@ class _Event:
 
 class _Run:
     """The scheduler. Its fields belong to the thread of `run`; the methods that the pools run touch none of the mutable ones
-    but `_events`, `_free` and `_halt`."""
+    but `_events`, `_free`, `_halt` and, behind `_gate`, `_working`."""
 
     stop_on_error = False
     progress: JobProgress | None = None
@@ -180,6 +180,8 @@ class _Run:
             self._free.put(restorer)
         self._group_pixels = PIXELS_PER_PASS // restorers[0].scale ** 2
         self._halt = threading.Event()
+        self._gate = threading.Condition()
+        self._working = 0  # calls in the pools; behind the gate
         self._end = len(job.items)  # nothing from here on is begun
         self._next_load = self._next_network = 0
         self._waiting: dict[int, _Loaded] = {}
@@ -196,9 +198,11 @@ class _Run:
                 self._take(self._events.get())
                 self._report.seconds = time.perf_counter() - start
         finally:
-            self._halt.set()
-            for pool in self._pools.values():
-                pool.shutdown(wait=True, cancel_futures=True)
+            ended = False
+            while not ended:  # a second signal must not let the journal be closed below a thread that writes
+                with contextlib.suppress(KeyboardInterrupt, SystemExit):
+                    self._end_threads()
+                    ended = True
             # What was being written when an exception came is there now, and is reported; nothing may stop that.
             self.progress = None
             while not self._events.empty():
@@ -206,6 +210,16 @@ class _Run:
                 if event.work == "encode":
                     self._take_written(event)
             self._report.seconds = time.perf_counter() - start
+
+    def _end_threads(self) -> None:
+        """Drops what has not begun and waits for the rest; may be called again when an exception of a signal left it."""
+        # Not by `shutdown` alone: in Python 3.11 a thread whose `join` was interrupted passes for ended from then on.
+        with self._gate:
+            self._halt.set()
+            while self._working:
+                self._gate.wait()
+        for pool in self._pools.values():
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def _hand_out(self) -> bool:
         """Gives the pools what they can take; whether anything is under way."""
@@ -249,12 +263,21 @@ class _Run:
         def guarded() -> None:
             start = time.perf_counter()
             event = _Event(work, indices)
+            with self._gate:
+                if self._halt.is_set():
+                    return
+                self._working += 1
             try:
-                event.value = function(*args)
-            except Exception as error:  # whatever goes wrong in one file must not take the others with it
-                event.error = error
-            event.seconds = time.perf_counter() - start
-            self._events.put(event)
+                try:
+                    event.value = function(*args)
+                except Exception as error:  # whatever goes wrong in one file must not take the others with it
+                    event.error = error
+                event.seconds = time.perf_counter() - start
+                self._events.put(event)
+            finally:
+                with self._gate:
+                    self._working -= 1
+                    self._gate.notify_all()
 
         self._active[work] += 1
         self._pools[work].submit(guarded)
@@ -289,6 +312,8 @@ class _Run:
         self._count("network", event, sum(loaded.pixels for loaded, _ in event.value))
         for index, (loaded, result) in zip(event.indices, event.value, strict=True):
             if isinstance(result, _Result):
+                if self._job.compare is None:  # the pixels of the input are not needed any more, and large
+                    loaded = replace(loaded, source=replace(loaded.source, frames=()))
                 self._saving[index] = (loaded, result)
                 self._submit("encode", (index,), self._save, index, loaded, result)
             elif not isinstance(result, _Stopped):

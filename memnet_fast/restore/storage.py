@@ -31,14 +31,16 @@ class Storage:
             return None if max_bytes is not None and file.size() > max_bytes else file.read()
 
     def digest(self, path: str) -> str | None:
-        """SHA-256; None where nothing can be read. The bytes are not kept."""
+        """SHA-256; None where there is no file, "unreadable" for what cannot be read. The bytes are not kept."""
         total = hashlib.sha256()
         try:
             with self.filesystem.open_input_stream(path) as file:
                 while block := file.read(1 << 22):
                     total.update(block)
-        except OSError:
+        except FileNotFoundError:
             return None
+        except OSError:
+            return "unreadable"
         return total.hexdigest()
 
     def exists(self, path: str) -> bool:

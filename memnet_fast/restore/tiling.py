@@ -109,7 +109,7 @@ def available_bytes(device: torch.device) -> int:
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         # Page cache counts as used, though it is given back on demand.
         cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free.append(limit - used + int(cache.get("inactive_file", 0)))
+        free.append(limit - used + sum(int(cache.get(name, 0)) for name in ("active_file", "inactive_file")))
     except (OSError, ValueError):
         pass  # no limit, or no control groups of this kind
     return max(0, min(free))
