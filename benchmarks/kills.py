@@ -112,8 +112,7 @@ def _start(folder: Path, output: str, *more: str) -> int:
     except KeyboardInterrupt:  # before the command has begun
         code = 128 + signal.SIGINT
     except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
+        os.write(2, traceback.format_exc().encode())  # `messages` is closed, its descriptor is not
     finally:
         os._exit(code)
 

@@ -17,6 +17,13 @@ def test_the_backends_of_earlier_runs_are_read_from_the_journal(tmp_path):
     assert kills._backends(tmp_path) == ["cpu", "torch"]
 
 
+def test_an_unforeseen_end_of_a_run_says_where(tmp_path):
+    code = "from benchmarks import kills; kills.memnet = None; print(kills._finish(kills._start(kills.Path(), 'out')))"
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); {code}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert done.stdout == "99\n" and "'NoneType' object is not callable" in (tmp_path / "messages.txt").read_text()
+
+
 def test_fifteen_ends_at_random_moments():
     """`python -m benchmarks.kills 200` is the long version."""
     command = [sys.executable, "-m", "benchmarks.kills", "15", "--seed", "3"]
