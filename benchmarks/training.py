@@ -65,7 +65,7 @@ def _worker(way: str, device: str, batch: int, patch: int) -> None:
 def main(device: str = "cpu", batch: int = 8, patch: int = 64, rounds: int = 7) -> int:
     arguments = [device, str(batch), str(patch)]
     command = [sys.executable, "-m", "benchmarks.training", "--worker"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[1]}
     workers = {way: subprocess.Popen([*command, way, *arguments], **pipes) for way in WAYS}  # type: ignore[call-overload]
 
     def ask(way: str, what: str) -> dict[str, float]:

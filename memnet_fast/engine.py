@@ -17,7 +17,7 @@ from memnet_fast import backends
 from memnet_fast.backends.cuda_graphs import Replays, capturing
 from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import DeviceOOM, InputError
-from memnet_fast.memory import empty, short_memory
+from memnet_fast.memory import empty, empty_to_keep, short_memory
 from memnet_fast.plan import lower_state
 from memnet_fast.reference import MemNet
 
@@ -171,14 +171,14 @@ class Engine:
         if device.type == "cuda":
             if capturing(device):
                 # Of the memory pool of the graph, which keeps it for its replays. No other call may get it.
-                yield empty((size,), torch.uint8, device, "workspace")
+                yield empty_to_keep((size,), torch.uint8, device, "workspace")
                 return
             stream = torch.cuda.current_stream(device).cuda_stream
         with self.lock:
             workspace = self._free.pop((device, stream), None)
         if workspace is None or workspace.numel() < size:
             workspace = None  # frees the old one before the new one is asked for
-            workspace = empty((size,), torch.uint8, device, "workspace")
+            workspace = empty_to_keep((size,), torch.uint8, device, "workspace")
         try:
             yield workspace
         finally:

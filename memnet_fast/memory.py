@@ -30,6 +30,11 @@ def short_memory(what: str, device: torch.device) -> Iterator[None]:
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, what: str) -> Tensor:
     """torch.empty that raises DeviceOOM where memory is short."""
     size = math.prod(shape) * dtype.itemsize / 2**20
-    # Kept for later calls, which may be in another mode: no inference tensor.
-    with short_memory(f"{size:.0f} MiB of {what}", device), torch.inference_mode(False):
+    with short_memory(f"{size:.0f} MiB of {what}", device):
         return torch.empty(shape, dtype=dtype, device=device)
+
+
+def empty_to_keep(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, what: str) -> Tensor:
+    """As `empty`, for what outlives the call: never an inference tensor, which later calls in another mode could not write."""
+    with torch.inference_mode(False):
+        return empty(shape, dtype, device, what)

@@ -67,7 +67,11 @@ def test_auto_passes_over_it(monkeypatch):
     monkeypatch.setattr(backend, "why_not", lambda *args: None)
     monkeypatch.setattr(backends.cpu, "why_not", lambda *args: "not here")
     choice = backends.choose(networks.SMALL, CUDA, "auto", "auto", "auto")
-    assert choice.backend == "torch" and choice.not_taken == ("cpu: not here", f"triton: {backend.ON_REQUEST_ONLY}")
+    assert choice.backend == "torch" and choice.not_taken == (
+        f"cuda: {backends.cuda.ON_REQUEST_ONLY}",
+        f"triton: {backend.ON_REQUEST_ONLY}",
+        "cpu: not here",
+    )
     asked = backends.choose(networks.SMALL, CUDA, "triton", "auto", "auto")
     assert (asked.backend, asked.precision, asked.algorithm) == ("triton", "fp32", "direct")
     monkeypatch.setenv("MEMNET_BACKEND", "triton")

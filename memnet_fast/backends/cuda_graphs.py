@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memnet_fast.backends.cuda import Bound
 from memnet_fast.errors import DeviceOOM
-from memnet_fast.memory import empty
+from memnet_fast.memory import empty_to_keep
 
 _log = logging.getLogger("memnet_fast")
 
@@ -100,10 +100,10 @@ class Replays:
         workspace = self._workspaces.get((x.device, stream))
         if workspace is None or workspace.numel() < size:
             # Graphs on one stream run one after the other; those captured before keep the smaller one.
-            workspace = empty((size,), torch.uint8, x.device, "workspace")
+            workspace = empty_to_keep((size,), torch.uint8, x.device, "workspace")
             self._workspaces[x.device, stream] = workspace
-        image = empty(tuple(x.shape), torch.float32, x.device, "image")
-        out = empty((n, planes, h, w), torch.float32, x.device, "output")
+        image = empty_to_keep(tuple(x.shape), torch.float32, x.device, "image")
+        out = empty_to_keep((n, planes, h, w), torch.float32, x.device, "output")
         graph = bound.capture(image, out, workspace)
         self.captures += 1
         return _Entry(parameters, graph, image, out, workspace)
