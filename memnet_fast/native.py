@@ -1,6 +1,8 @@
 """Loads the compiled module ``memnet_fast._native``, or says why it is not there."""
 
+import importlib
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -12,17 +14,21 @@ import torch  # noqa: F401
 _BUILD_INFO = Path(__file__).with_name("_build_info.json")
 
 
-@cache
-def _load() -> tuple[ModuleType | None, ImportError | None]:
+def load(name: str) -> tuple[ModuleType | None, ImportError | None]:
+    """A compiled module by its full name, or the error of its import."""
     try:
-        from . import _native  # type: ignore[attr-defined, unused-ignore]
+        return importlib.import_module(name), None
     except ImportError as error:
         # A signal that meets the import is reported by pybind11 as a failed one; kept as such, it would switch the module off
         # for the rest of the process.
         if isinstance(error.__cause__, KeyboardInterrupt | SystemExit):
             raise error.__cause__ from None
         return None, error
-    return _native, None
+
+
+@cache
+def _load() -> tuple[ModuleType | None, ImportError | None]:
+    return load(f"{__package__}._native")
 
 
 def build_info() -> dict[str, object]:
@@ -35,15 +41,18 @@ def build_info() -> dict[str, object]:
 
 def why_missing() -> str | None:
     """None when the native module is loaded, otherwise one sentence with the original reason."""
-    _, error = _load()
+    return explain("the native module", _load()[1], build_info())
+
+
+def explain(what: str, error: ImportError | None, info: Mapping[str, object]) -> str | None:
+    """Why a compiled module is not there, by the error of its import and what its build left behind; None without an error."""
     if error is None:
         return None
-    info = build_info()
     if info.get("native") is False:
-        return f"the native module was not built: {info.get('reason')}"
+        return f"{what} was not built: {info.get('reason')}"
     if not info:
-        return f"the native module was not built or installed ({error})"
-    return f"the native module cannot be loaded: {error}"
+        return f"{what} was not built or installed ({error})"
+    return f"{what} cannot be loaded: {error}"
 
 
 def module() -> ModuleType:

@@ -11,15 +11,7 @@ from memnet_fast import native
 
 @cache
 def _load() -> tuple[ModuleType | None, ImportError | None]:
-    try:
-        from . import _native_cuda  # type: ignore[attr-defined, unused-ignore]
-    except ImportError as error:
-        # A signal that meets the import is reported by pybind11 as a failed one; kept as such, it would switch the module off
-        # for the rest of the process.
-        if isinstance(error.__cause__, KeyboardInterrupt | SystemExit):
-            raise error.__cause__ from None
-        return None, error
-    return _native_cuda, None
+    return native.load(f"{__package__}._native_cuda")
 
 
 def build_info() -> dict[str, Any]:
@@ -31,15 +23,7 @@ def build_info() -> dict[str, Any]:
 
 def why_missing() -> str | None:
     """None when the module is loaded, otherwise one sentence with the original reason."""
-    _, error = _load()
-    if error is None:
-        return None
-    info = build_info()
-    if info.get("native") is False:
-        return f"the CUDA module was not built: {info.get('reason')}"
-    if not info:
-        return f"the CUDA module was not built or installed ({error})"
-    return f"the CUDA module cannot be loaded: {error}"
+    return native.explain("the CUDA module", _load()[1], build_info())
 
 
 def module() -> ModuleType:

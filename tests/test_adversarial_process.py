@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from support import networks
+from support.threads import together
 
 import memnet_fast as mf
 from memnet_fast import native
@@ -20,31 +21,6 @@ from memnet_fast.config import MemNetConfig
 
 NATIVE = pytest.mark.skipif(native.why_missing() is not None, reason=f"no native module: {native.why_missing()}")
 BACKENDS = ["torch", pytest.param("cpu", marks=NATIVE)]
-
-
-def _together(workers):
-    """Runs callables in threads that start at once, switching often; re-raises the first error."""
-    barrier, errors = threading.Barrier(len(workers)), []
-
-    def guarded(work):
-        try:
-            barrier.wait()
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=guarded, args=(w,)) for w in workers]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-    finally:
-        sys.setswitchinterval(interval)
-    if errors:
-        raise errors[0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -62,7 +38,7 @@ def test_t47_eight_threads_one_module(backend):
 
         return run
 
-    _together([work(i) for i in range(8)])
+    together([work(i) for i in range(8)])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -91,7 +67,7 @@ def test_t48_weights_loaded_during_calls(backend):
             assert any(matches), "a mix of two sets of weights"
             seen.add(matches.index(True))
 
-    _together([load, run, run])
+    together([load, run, run])
     assert seen == {0, 1}, "the test ran past the changes"
 
 
@@ -115,7 +91,7 @@ def test_t48_conversion_during_calls(backend):
             # float64 parameters hold the same values and are packed to the same numbers.
             assert torch.equal(fast(x), expected)
 
-    _together([convert, run, run])
+    together([convert, run, run])
 
 
 def _in_child(function) -> str:

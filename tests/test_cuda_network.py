@@ -389,6 +389,26 @@ def test_short_memory_for_a_graph(twin, replaying):
     assert torch.equal(replaying(x), expected)
 
 
+def test_a_broken_capture_costs_the_graph_and_says_so(twin, replaying, monkeypatch, caplog):
+    """Another thread may synchronise the device meanwhile. Any other error is one of ours, and comes out."""
+    x = networks.image(1, 1, 5, 6)
+    expected = _fresh(replaying, x)
+
+    def broken(error):
+        def capture(*args):
+            raise error
+
+        monkeypatch.setattr(cuda.Bound, "capture", capture)
+        return [replaying(x) for _ in range(2)]
+
+    with caplog.at_level("WARNING", "memnet_fast"):
+        results = broken(twin.module.CudaError("operation not permitted"))
+    assert all(torch.equal(y, expected) for y in results) and _replays(replaying).captures == 0
+    assert "not replayed as a graph: operation not permitted" in caplog.text
+    with pytest.raises(RuntimeError, match="a fault of the package"):
+        broken(RuntimeError("a fault of the package"))
+
+
 def test_tables_are_given_back(twin, fast):
     before = twin.runtime.runtime_allocated()
     packed = cuda.pack(lower(fast.reference), CPU, "fp16", "direct")

@@ -7,7 +7,6 @@ On the CPU a stream is the caller's own thread and a captured graph is the call 
 from __future__ import annotations
 
 import multiprocessing
-import sys
 import threading
 import traceback
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from support import networks
 from support.places import CUDA_PLACES, PLACES, TRITON_PLACES, Place
+from support.threads import together
 
 import memnet_fast as mf
 
@@ -34,31 +34,6 @@ def fast(place) -> mf.FusedMemNet:
 
 def _images(place):
     return [place.image(n, h, w, seed=i) for i, (n, h, w) in enumerate(SIZES)]
-
-
-def _together(workers):
-    """Runs callables in threads that start at once, switching often; re-raises the first error."""
-    barrier, errors = threading.Barrier(len(workers)), []
-
-    def guarded(work):
-        try:
-            barrier.wait()
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=guarded, args=(w,)) for w in workers]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-    finally:
-        sys.setswitchinterval(interval)
-    if errors:
-        raise errors[0]
 
 
 # Streams -------------------------------------------------------------------------------------------------------------
@@ -139,7 +114,7 @@ def test_t47_eight_threads_one_module(place, fast, own_streams):
 
         return run
 
-    _together([worker(i) for i in range(8)])
+    together([worker(i) for i in range(8)])
 
 
 def test_t48_weights_loaded_during_calls(place):
@@ -167,7 +142,7 @@ def test_t48_weights_loaded_during_calls(place):
             assert any(match), "weights of two networks were mixed"
             seen.add(match.index(True))
 
-    _together([load, run, run])
+    together([load, run, run])
     fast.load_state_dict(states[0])
     assert torch.equal(fast(x), allowed[0])
     assert seen

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memnet_fast import native_cuda
 from memnet_fast.backends.cuda import Bound
 from memnet_fast.errors import DeviceOOM
 from memnet_fast.memory import empty_to_keep
@@ -77,8 +78,10 @@ class Replays:
                 return None
             try:
                 entry = self._capture(bound, x, planes, stream, parameters)
-            except (DeviceOOM, RuntimeError) as error:  # also a capture that another thread's synchronisation broke
-                _log.info("not replayed as a graph: %s", error)
+            except (DeviceOOM, native_cuda.module().CudaError) as error:
+                # Short memory, or another thread synchronised the device, which breaks a capture. The call goes on without a
+                # graph, and a fault of the device comes up there.
+                _log.warning("not replayed as a graph: %s", error)
                 self.clear()
                 return None
             self._entries[key] = entry
