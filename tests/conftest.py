@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 # cuBLAS is deterministic only with this, and reads it once.
@@ -34,6 +35,28 @@ def _numerics():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
+
+
+def _of_the_process() -> dict[str, object]:
+    log = logging.getLogger("memnet_fast")
+    return {
+        "handlers of the log": tuple(log.handlers),
+        "level of the log": log.level,
+        "working directory": os.getcwd(),
+        "threads of torch": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "MEMNET_ variables": {k: v for k, v in os.environ.items() if k.startswith("MEMNET_")},
+    }
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_process_as_it_was(_numerics: None):
+    """What a test leaves behind would decide about another one, in some orders only. Before monkeypatch, so undone after it."""
+    before = _of_the_process()
+    yield
+    after = _of_the_process()
+    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    assert not changed, f"the test changed what belongs to the process: {changed}"
 
 
 @pytest.fixture(scope="session")

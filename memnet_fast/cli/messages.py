@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import click
@@ -43,3 +45,19 @@ def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Rows as lines of aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+@contextlib.contextmanager
+def log_on_stderr(level: int) -> Iterator[None]:
+    """The package's log as lines on stderr, until the command ends: a program that calls a command keeps its own handlers."""
+    log = logging.getLogger("memnet_fast")
+    before = log.handlers, log.level
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("memnet: %(message)s"))
+    log.handlers = [handler]
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.handlers = before[0]
+        log.setLevel(before[1])

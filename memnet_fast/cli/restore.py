@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from memnet_fast import __version__
-from memnet_fast.cli.messages import State, say, say_error, shown
+from memnet_fast.cli.messages import State, log_on_stderr, say, say_error, shown
 from memnet_fast.cli.options import RestoreCommand, restoring
 from memnet_fast.cli.progress import Reporter, reporter
 from memnet_fast.errors import OutputError
@@ -68,7 +68,7 @@ def sr(ctx: click.Context, **options: Any) -> int:
 def _run(ctx: click.Context, task: str, options: dict[str, Any]) -> int:
     ctx.ensure_object(State).verbose = options["verbose"]
     _check(ctx, options)
-    _set_up_log(options["verbose"])
+    ctx.with_resource(log_on_stderr(logging.INFO if options["verbose"] else logging.WARNING))
     job = _plan(options)
     if options["verbose"]:
         for path, reason in job.ignored:
@@ -104,13 +104,6 @@ def _check(ctx: click.Context, options: dict[str, Any]) -> None:
     if given:
         engine = "local" if options["engine"] == "ray" else "ray"
         raise click.UsageError(f"--{given[0]} is for --engine {engine}")
-
-
-def _set_up_log(verbose: bool) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("memnet: %(message)s"))
-    logging.getLogger("memnet_fast").handlers = [handler]
-    logging.getLogger("memnet_fast").setLevel(logging.INFO if verbose else logging.WARNING)
 
 
 def _ignored(job: Job) -> str:

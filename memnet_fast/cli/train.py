@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
-from collections.abc import Iterator
 
 import click
 
-from memnet_fast.cli.messages import State
+from memnet_fast.cli.messages import State, log_on_stderr
 
 
 @click.command(short_help="Trains a network by a recipe.")
@@ -52,26 +50,10 @@ def train(
     from memnet_fast.training.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    ctx.with_resource(_log_on_stderr(quiet))
+    ctx.with_resource(log_on_stderr(logging.WARNING if quiet else logging.INFO))
     from memnet_fast.training.run import Hardware, train
 
     bar = progress == "bar" or (progress == "auto" and sys.stderr.isatty() and not quiet)
     hardware = Hardware(accelerator, devices, nodes, bar)
     outcome = train(loaded, resume=bool(resume), override=override, max_minutes=max_minutes, hardware=hardware)
     return 128 + outcome.signal if outcome.signal else 0
-
-
-@contextlib.contextmanager
-def _log_on_stderr(quiet: bool) -> Iterator[None]:
-    """Until the command ends: a program that calls it keeps its own handlers."""
-    log = logging.getLogger("memnet_fast")
-    handlers, level = log.handlers, log.level
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("memnet: %(message)s"))
-    log.handlers = [handler]
-    log.setLevel(logging.WARNING if quiet else logging.INFO)
-    try:
-        yield
-    finally:
-        log.handlers = handlers
-        log.setLevel(level)
