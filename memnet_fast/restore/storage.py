@@ -13,6 +13,7 @@ from memnet_fast.errors import InputError, MissingExtra, OutputError
 from memnet_fast.files import make_folder, write_whole
 from memnet_fast.restore.images import EXTENSIONS
 from memnet_fast.restore.job import Item, Job, named
+from memnet_fast.restore.journal import FOLDER, parse_lines
 
 # Here an object appears when it is complete, so that nothing has to be renamed.
 _WHOLE_OBJECTS = ("s3", "gcs", "abfs")
@@ -110,7 +111,7 @@ def plan_uris(
 ) -> Job:
     """As `plan_job`, for URIs: each input is a file or a folder, all in one storage; the output is a folder.
 
-    Hidden files, and files without an image's extension, are ignored.
+    Hidden files, files without an image's extension, and what `plan_job` knows as outputs of earlier runs are ignored.
     """
     if not all(map(is_uri, (*inputs, output))):
         raise InputError("inputs and output are either all paths or all URIs (file:// is one)")
@@ -127,6 +128,7 @@ def plan_uris(
         if info.type.name == "NotFound":
             raise InputError(f"there is no file or folder {text}")
         found = [path] if info.is_file else storage.find(path, recursive)
+        outputs = set() if info.is_file else _recorded(storage, found, path)
         inside = f"{folder}/" if storage.filesystem.equals(target.filesystem) and folder != path else None
         for file in found:
             name = posixpath.basename(file) if info.is_file else posixpath.relpath(file, path)
@@ -136,10 +138,22 @@ def plan_uris(
                 ignored.append((Path(file), "a hidden file"))
             elif posixpath.splitext(name)[1].lower() not in EXTENSIONS:
                 ignored.append((Path(file), "not an image by its name"))
+            elif file in outputs:
+                ignored.append((Path(file), "an output of an earlier run"))
             else:
                 items.append(named(Path(file), Path(folder, name), format))
     _check(items, source, target, folder, existing)
     return Job(items, ignored, None, existing, Path(folder), True, source, target)
+
+
+def _recorded(storage: Storage, found: Sequence[str], root: str) -> set[str]:
+    """The outputs in the journals of the folders below the root, all of whose files were found."""
+    outputs = set()
+    for journals in {posixpath.dirname(file) for file in found if file.endswith(".jsonl")}:
+        folder = posixpath.dirname(journals)
+        if posixpath.basename(journals) == FOLDER and folder != root:
+            outputs |= {posixpath.join(folder, name) for name in parse_lines(storage.read_all(journals, ".jsonl"))}
+    return outputs
 
 
 def _check(items: Sequence[Item], source: Storage | None, target: Storage, folder: str, existing: str) -> None:
