@@ -117,7 +117,9 @@ _COMMON = (
     click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N."),
     click.option("-g", "--gpu", type=_Gpus(), metavar="ID,...", help="GPUs by number; -1: the CPU. Several share the job."),
     click.option("-t", "--tile", type=_WordOrNumber("auto", 0), default="auto", help="Side of windows; 0: whole image."),
-    click.option("--overlap", type=_WordOrNumber("exact", 0), default="exact", help="exact: no seams; 16: approximation."),
+    click.option(
+        "--overlap", type=_WordOrNumber("exact", 0), default="exact", help="exact: no seams; 16: as the official scripts."
+    ),
     click.option("-b", "--batch", type=_WordOrNumber("auto", 1), default="auto", help="Windows computed at once."),
     click.option("-x", "--tta", is_flag=True, help="Average over 8 flips and rotations; 8 times slower."),
     click.option("--color", type=click.Choice(["y", "rgb", "gray"]), default="y", help="Luma only, each channel, or to gray."),
