@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -309,8 +309,8 @@ class Tiler:
         done = redone = 0
         while done < len(items):
             first = read(*items[done])
-            group = items[done : done + max(1, per_call // first.shape[0])]
-            group = list(takewhile(lambda item, shape=group[0][1].shape: item[1].shape == shape, group))
+            most = items[done : done + max(1, per_call // first.shape[0])]
+            group = list(next(groupby(most, lambda item: item[1].shape))[1])  # the first ones, of one size
             seen = np.stack([first, *(read(*item) for item in group[1:])])  # [G, K, H, W]
             restored = self._forward(self.net, seen.reshape(-1, 1, *seen.shape[2:]), per_call, device).reshape(seen.shape)
             for (i, window), before, after in zip(group, seen, restored, strict=True):
