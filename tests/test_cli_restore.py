@@ -16,6 +16,7 @@ from support.restoring import picture, small_net
 from memnet_fast import cli
 from memnet_fast.errors import BackendUnavailable
 from memnet_fast.restore import Restorer, images, pipeline
+from memnet_fast.restore.report import Threads
 from memnet_fast.weights import save_weights
 
 
@@ -83,6 +84,11 @@ def test_sr_shows_both_sizes_in_one_strip(run):
         ("denoise", ["-s", "2"], "No such option '-s'"),
         ("denoise", ["-j", "1:2"], "expected load:proc:save"),
         ("denoise", ["-j", "0:1:1"], "whole numbers from 1"),
+        ("denoise", ["-j", "1:2,:2"], "expected load:proc:save"),
+        ("denoise", ["-j", "1:2,2:2"], "are for 2 devices, but the job has 1"),
+        ("denoise", ["-t", "0,32"], "one tile size serves all GPUs"),
+        ("denoise", ["-t", "32,"], "one tile size serves all GPUs"),
+        ("denoise", ["-f", "gif"], "'gif' is not one of"),
         ("denoise", ["-g", "x"], "expected -1 for the CPU"),
         ("denoise", ["-g", "0,0"], "different numbers"),
         ("denoise", ["-g", "-1", "--device", "cpu"], "give one"),
@@ -123,6 +129,26 @@ def test_the_flags_of_real_esrgan(run):
     assert [stages[name]["threads"] for name in ("decode", "network", "encode")] == [1, 2, 2]
     code, _, err = run("sr", *flags, "-g", "7", "--existing", "overwrite")
     assert code == 5 and "device cuda:7 does not exist" in err
+
+
+def test_the_lists_of_real_esrgan_for_several_gpus(run):
+    """0,1 and one number for each of them; -g auto is the default, and -t 0 or 32 may be said once or for each."""
+    draw("a.png", shape=(40, 50))
+    assert run("denoise", "-i", "a.png", "-o", "b.png", "-n", "net", "-g", "auto", "-t", "32,32", "--log", "run.json")[0] == 0
+    assert log()["options"]["gpu"] is None and log()["options"]["tile"] == 32 and log()["files"][0]["windows"] > 1
+    code, _, err = run("denoise", "-i", "a.png", "-o", "c.png", "-n", "net", "-g", "7,8", "-j", "1:1,2:2", "-t", "0,0")
+    assert code == 5 and "device cuda:7 does not exist" in err
+    assert Threads.parse("1:1,2:2").of_devices(2) == (1, 2) and Threads.parse("1:3:2").of_devices(2) == (3, 3)
+    assert str(Threads.parse("1:1,2:2")) == "1:1,2:2" and str(Threads.parse("4:3:2")) == "4:3:2"
+
+
+@pytest.mark.parametrize(("flag", "format"), [("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")])
+def test_the_format_of_real_esrgan_names_the_outputs_of_a_folder(run, flag, format):
+    """-f wins over the extension of the input, and the part before it stays, dots included."""
+    draw("in/a.x.png")
+    assert run("denoise", "-i", "in", "-o", "out", "-n", "net", "-f", flag)[0] == 0
+    with Image.open(f"out/a.x.{flag}") as result:
+        assert result.format == format
 
 
 def test_options_from_a_file(run):
