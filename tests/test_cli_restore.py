@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import locale
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +253,34 @@ def test_all_files_fail(run):
     assert code == 3 and "0 restored, 2 failed" in err
 
 
+def test_a_write_that_fails_in_its_middle_costs_one_file():
+    """The system ends the write of one output half-way (row I28): its old file stays, nothing is left beside it."""
+    draw("in/a.png", "in/c.png", shape=(12, 13))
+    draw("in/b.tiff", shape=(400, 400))
+    Path("out").mkdir()
+    Path("out/b.tiff").write_bytes(b"old")
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+    code = limited + "from memnet_fast.cli import main; main()"
+    flags = ["denoise", "-i", "in", "-o", "out", "-n", "net", "--existing", "overwrite"]
+    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, timeout=120)
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    assert done.returncode == 3 and len(errors) == 1 and "b.tiff" in errors[0], done.stderr
+    assert Path("out/b.tiff").read_bytes() == b"old"
+    assert sorted(path.name for path in Path("out").iterdir()) == [".memnet", "a.png", "b.tiff", "c.png"]
+
+
+def test_a_second_name_of_an_input_is_replaced_and_the_input_stays(run):
+    """Hard links (row I29): the output gets a file of its own."""
+    draw("in/a.png")
+    Path("out").mkdir()
+    os.link("in/a.png", "out/a.png")
+    os.link("in/a.png", "in/b.png")
+    before = Path("in/a.png").read_bytes()
+    assert run("denoise", "-i", "in", "-o", "out", "-n", "net", "--existing", "overwrite")[0] == 0
+    assert Path("in/a.png").read_bytes() == Path("in/b.png").read_bytes() == before
+    assert Path("out/a.png").read_bytes() == Path("out/b.png").read_bytes() != before
+
+
 def test_pages(run):
     frames = [Image.fromarray(picture((10, 11), seed=i)) for i in range(3)]
     frames[0].save("a.tiff", save_all=True, append_images=frames[1:])
@@ -292,36 +324,38 @@ def test_a_log_that_cannot_be_written_hides_no_other_error(run, monkeypatch):
     assert code == 5 and "cannot make the folder file" in err and "the device stopped working" in err
 
 
-def test_numbers_do_not_follow_the_locale(run):
-    names = [n for n in ("de_DE.UTF-8", "de_DE.utf8", "fr_FR.UTF-8") if _has_locale(n)]
-    if not names:
-        pytest.skip("no locale with a decimal comma is installed")
+def test_numbers_do_not_follow_the_locale(run, tmp_path, monkeypatch):
+    """Row I41: a decimal comma, and a clock far from UTC."""
     before = locale.setlocale(locale.LC_ALL)
+    monkeypatch.setenv("TZ", "Pacific/Chatham")
     try:
-        locale.setlocale(locale.LC_ALL, names[0])
+        _set_a_locale_with_a_comma(tmp_path, monkeypatch)
+        assert locale.localeconv()["decimal_point"] == ","
         draw("in/a.png", "in/b.png")
-        assert run("denoise", "-i", "in", "-o", "out", "-n", "net", "--log", "run.json", "--progress", "json")[0] == 0
-        assert isinstance(log()["seconds"], float)
+        flags = ["denoise", "-i", "in", "-o", "out", "-n", "net", "--log", "run.json"]
+        code, _, err = run(*flags, "--progress", "json")
+        assert code == 0 and isinstance(log()["seconds"], float)
+        assert all(isinstance(json.loads(line), dict) for line in err.splitlines() if line.startswith("{"))
+        assert run(*flags, "--existing", "skip")[0] == 0 and log()["skipped"] == 2
     finally:
         locale.setlocale(locale.LC_ALL, before)
 
 
-def _has_locale(name: str) -> bool:
-    before = locale.setlocale(locale.LC_ALL)
-    try:
-        locale.setlocale(locale.LC_ALL, name)
-    except locale.Error:
-        return False
-    finally:
-        locale.setlocale(locale.LC_ALL, before)
-    return True
+def _set_a_locale_with_a_comma(folder: Path, monkeypatch) -> None:
+    """One that is installed, or one that is compiled now."""
+    for name in ("de_DE.UTF-8", "de_DE.utf8", "fr_FR.UTF-8"):
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_ALL, name)
+            return
+    command = ["localedef", "-i", "de_DE", "-f", "UTF-8", str(folder / "de_DE.UTF-8")]
+    if shutil.which("localedef") is None or subprocess.run(command, capture_output=True, timeout=60).returncode not in (0, 1):
+        pytest.skip("no locale with a decimal comma is installed, and none can be made")
+    monkeypatch.setenv("LOCPATH", str(folder))
+    locale.setlocale(locale.LC_ALL, "de_DE.UTF-8")
 
 
 def test_a_reader_of_the_progress_that_leaves_ends_the_job():
     """The pipe breaks (row I34); what is there is whole, and the next run goes on."""
-    import subprocess
-    import sys
-
     draw(*(f"in/{i}.png" for i in range(12)), shape=(60, 70))
     code = "from memnet_fast.cli import main; main()"
     flags = ["denoise", "-i", "in", "-o", "out", "-n", "net", "--progress", "json", "-t", "32", "--existing", "skip"]
