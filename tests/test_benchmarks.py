@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import peers, report
+from benchmarks import peers, pipeline, report
 from benchmarks.test_forward import GATE, Worker
 from memnet_fast.config import MemNetConfig
 from memnet_fast.reference import MemNet
+from memnet_fast.restore import images
 from memnet_fast.weights import save_weights
 
 ROOT = Path(__file__).parents[1]
@@ -77,3 +78,21 @@ def test_readme_links_exist() -> None:
         path = target[0] or target[1]
         if "://" not in path:
             assert (ROOT / path).exists(), path
+
+
+def test_the_pipeline_is_timed_beside_the_network_on_its_own_planes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_weights(_calibrated(), tmp_path / "weights.safetensors")
+    (tmp_path / "work").mkdir()
+    seen = []
+    original = pipeline.network_seconds
+    monkeypatch.setattr(pipeline, "network_seconds", lambda net, planes: (seen.append(planes), original(net, planes))[1])
+    result = pipeline.measure(tmp_path / "work", 11, 0.2, str(tmp_path / "weights.safetensors"), 2)
+    assert len(result["ratios"]) == 2 and min(result["seconds_network_alone"]) > 0 and result["stages"]["encode"]["seconds"] > 0
+    names = sorted(path.name for path in (tmp_path / "work" / "in").iterdir())
+    assert len({name.partition(".")[2] for name in names}) == 4 and len(seen) == 4
+    expected = [images.read_image(tmp_path / "work" / "in" / name).pixels.shape[:2] for name in names]
+    shapes = sorted(plane.shape[1:] for planes in seen[:2] for plane in planes)
+    assert shapes == sorted(expected), "both halves together are the planes of the folder, once"
+    assert result["megapixels"] == pytest.approx(sum(h * w for h, w in expected) / 1e6)
+    drawn = [w * h / 1e6 for w, h, *_ in pipeline._KINDS]
+    assert min(drawn) >= 0.02 and max(drawn) < 0.31
