@@ -97,6 +97,8 @@ class Stage:
         for name in ("warmup", "settle", "decay_every", "weight_decay", "bias_rate", "clip", "lr", "minutes"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        if math.isinf(self.minutes):
+            raise InputError("minutes must be finite; 0 is for none")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got '{getattr(self, name)}'")
