@@ -24,6 +24,7 @@ inline void gate(const Op &op, const Frame &frame) {
   float *dst = slot_at(frame, op.dst);
 #pragma omp parallel num_threads(frame.threads)
   {
+    Laps laps(frame);
     float *active = frame.scratch + omp_get_thread_num() * frame.scratch_floats; // [kGatePixels][Cp]
 #pragma omp for schedule(static)
     for (i64 index = 0; index < blocks; ++index) {
@@ -38,11 +39,14 @@ inline void gate(const Op &op, const Frame &frame) {
           for (i64 c = 0; c < cp; c += kLanes)
             store(active + x * cp + c,
                   relu(fma(load(src + x * cp + c), load(scale + j * cp + c), load(shift + j * cp + c))));
+        laps.end_of(kInput);
         // While this source is multiplied, the next one travels to the cache.
         const Ahead ahead{j + 1 < op.num_src ? slot_at(frame, srcs[j + 1]) + first * cp : nullptr, nullptr, kRows * cp};
         matmul<true>(active, cp, weight + j * cp * cp, cp, cp, sums, cp, rows, ahead);
+        laps.end_of(kProduct, 2 * rows * cp * cp);
       }
     }
+    laps.end_of(kWait);
   }
 }
 

@@ -2,6 +2,7 @@
 #include "direct.h"
 #include "first_conv.h"
 #include "gate.h"
+#include "peak.h"
 #include "reconstruct.h"
 #include "winograd.h"
 
@@ -43,7 +44,7 @@ static void run_op(const Op &op, const Frame &frame) {
 
 const Kernels &MEMNET_TABLE(MEMNET_ISA)() {
   static const Kernels table = {MEMNET_NAME(MEMNET_ISA), MEMNET_ISA::scratch_floats, MEMNET_ISA::needs_mid,
-                                MEMNET_ISA::run_op};
+                                MEMNET_ISA::run_op, MEMNET_ISA::multiply_add};
   return table;
 }
 

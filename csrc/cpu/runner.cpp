@@ -6,6 +6,12 @@
 #include "kernels.h"
 
 namespace memnet {
+
+std::int64_t nanoseconds() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
 namespace {
 
 constexpr std::int64_t kAlignment = 64;
@@ -152,7 +158,7 @@ std::int64_t workspace_bytes(const Shape &shape, Algorithm algorithm, const std:
 }
 
 void run(const Op *ops, std::size_t count, const Shape &shape, void *workspace, std::int64_t bytes, const float *image,
-         float *out, Algorithm algorithm, const std::string &isa, int threads, double *milliseconds) {
+         float *out, Algorithm algorithm, const std::string &isa, int threads, Times *times) {
   const Kernels &kernels = choose_kernels(isa);
   const Layout layout = lay_out(shape, algorithm, kernels, threads);
   require(workspace != nullptr, "the workspace pointer is null");
@@ -177,14 +183,29 @@ void run(const Op *ops, std::size_t count, const Shape &shape, void *workspace, 
   frame.mid = layout.mid_floats == 0 ? nullptr : behind;
   frame.scratch = behind + layout.mid_floats;
   frame.scratch_floats = layout.scratch_floats;
+  frame.times = nullptr;
   for (std::size_t i = 0; i < count; ++i) {
-    if (milliseconds == nullptr) {
+    if (times == nullptr) {
       kernels.run_op(ops[i], frame);
       continue;
     }
-    const auto start = std::chrono::steady_clock::now();
+    Times *whole = times + i * (static_cast<std::size_t>(threads) + 1);
+    frame.times = whole + 1;
+    whole->begin = nanoseconds();
     kernels.run_op(ops[i], frame);
-    milliseconds[i] = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+    whole->end = nanoseconds();
+  }
+}
+
+double multiply_add_rate(const std::string &isa, int threads, double seconds) {
+  const Kernels &kernels = choose_kernels(isa);
+  require(threads >= 1 && threads <= kMaxThreads, "threads must be in 1..1024");
+  require(seconds > 0.0 && seconds <= 10.0, "seconds must be above 0 and at most 10");
+  for (std::int64_t rounds = 1 << 16;; rounds *= 2) {
+    const std::int64_t begin = nanoseconds(), flop = kernels.multiply_add(threads, rounds);
+    const double took = 1e-9 * static_cast<double>(nanoseconds() - begin);
+    if (2 * took >= seconds)
+      return static_cast<double>(flop) / took;
   }
 }
 

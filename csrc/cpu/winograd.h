@@ -229,7 +229,8 @@ MEMNET_INLINE Ahead upcoming_output(i64 k, i64 start, const Tiling &t, i64 h, co
 // kCp: the padded channels where they are known beforehand, which leaves no address to compute in the transforms; or 0.
 template <Stage kStage, int kCp>
 void winograd_stage(const Shape &shape, const Tiling &t, i64 stage, const Rows &src, const Rows &dst, const Rows &skip,
-                    const float *scale, const float *shift, const float *weight, const float *bias, float *scratch) {
+                    const float *scale, const float *shift, const float *weight, const float *bias, float *scratch,
+                    Laps &laps) {
   const i64 cp = kCp != 0 ? kCp : shape.cp, pitch = shape.w * cp, point_stride = floats_per_point(cp);
   float *points = scratch, *edge = points + kPoints * point_stride, *copy = edge + kPoints * cp;
   const i64 first = stage * t.tall * t.across;
@@ -254,6 +255,7 @@ void winograd_stage(const Shape &shape, const Tiling &t, i64 stage, const Rows &
         rows[y] += x0 * cp;
       transform_input<kStage == Stage::kFirst>(rows, cp, scale, shift, tile, point_stride);
     }
+    laps.end_of(kInput);
     for (i64 k = 0; k < kPoints; ++k) {
       float *matrix = points + k * point_stride;
       const float *input = matrix;
@@ -270,6 +272,7 @@ void winograd_stage(const Shape &shape, const Tiling &t, i64 stage, const Rows &
         ahead = upcoming_input(k, start + count, t, shape.h, src, cp, pitch);
       matmul<false>(input, cp, weight + k * cp * cp, cp, cp, matrix, cp, count, ahead);
     }
+    laps.end_of(kProduct, 2 * kPoints * count * cp * cp);
     for (i64 i = 0; i < count; ++i) {
       const i64 y0 = (start + i) / t.across * kTile, x0 = (start + i) % t.across * kTile;
       const i64 height = smaller(kTile, shape.h - y0), width = smaller(kTile, shape.w - x0);
@@ -284,6 +287,7 @@ void winograd_stage(const Shape &shape, const Tiling &t, i64 stage, const Rows &
       else
         transform_output<kStage>(points + i * cp, point_stride, cp, bias, rows, skips, height, width);
     }
+    laps.end_of(kOutput);
   }
 }
 
@@ -297,19 +301,21 @@ template <int kCp> void winograd_bands(const Op &op, const Frame &frame) {
   const float *weight_b = floats(op.weight_b), *bias_b = floats(op.bias_b);
 #pragma omp parallel num_threads(frame.threads)
   {
+    Laps laps(frame);
     float *scratch = frame.scratch + omp_get_thread_num() * frame.scratch_floats;
     if (t.bands == 0) {
 #pragma omp for schedule(static)
       for (i64 i = 0; i < shape.n * t.stages; ++i) {
         const i64 at = i / t.stages * plane;
         winograd_stage<Stage::kFirst, kCp>(shape, t, i % t.stages, {src + at, shape.h}, {frame.mid + at, shape.h}, {},
-                                           scale, shift, weight_a, bias_a, scratch);
+                                           scale, shift, weight_a, bias_a, scratch, laps);
       }
+      laps.end_of(kWait);
 #pragma omp for schedule(static)
       for (i64 i = 0; i < shape.n * t.stages; ++i) {
         const i64 at = i / t.stages * plane;
         winograd_stage<Stage::kSecond, kCp>(shape, t, i % t.stages, {frame.mid + at, shape.h}, {dst + at, shape.h},
-                                            {src + at, shape.h}, nullptr, nullptr, weight_b, bias_b, scratch);
+                                            {src + at, shape.h}, nullptr, nullptr, weight_b, bias_b, scratch, laps);
       }
     } else {
       const Rows mid{scratch + kPoints * floats_per_point(shape.cp) + (kPoints + t.group) * shape.cp, ring_rows(t)};
@@ -321,13 +327,15 @@ template <int kCp> void winograd_bands(const Op &op, const Frame &frame) {
         // The second convolution follows one stage behind: it needs the first row of the stage below it.
         for (i64 stage = first - 1; stage <= last; ++stage) {
           if (stage >= 0 && stage < t.stages)
-            winograd_stage<Stage::kFirst, kCp>(shape, t, stage, from, mid, {}, scale, shift, weight_a, bias_a, scratch);
+            winograd_stage<Stage::kFirst, kCp>(shape, t, stage, from, mid, {}, scale, shift, weight_a, bias_a, scratch,
+                                               laps);
           if (stage - 1 >= first)
             winograd_stage<Stage::kSecond, kCp>(shape, t, stage - 1, mid, to, from, nullptr, nullptr, weight_b, bias_b,
-                                                scratch);
+                                                scratch, laps);
         }
       }
     }
+    laps.end_of(kWait);
   }
 }
 
