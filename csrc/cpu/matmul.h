@@ -46,22 +46,28 @@ struct Ahead {
   i64 step = 0;
 };
 
+MEMNET_INLINE void prefetch(Ahead &ahead) {
+  if (ahead.read != nullptr) {
+    for (i64 i = 0; i < ahead.step; i += 16)
+      __builtin_prefetch(ahead.read + i, 0);
+    ahead.read += ahead.step;
+  }
+  if (ahead.write != nullptr) {
+    for (i64 i = 0; i < ahead.step; i += 16)
+      __builtin_prefetch(ahead.write + i, 1);
+    ahead.write += ahead.step;
+  }
+}
+
 template <bool kAccumulate, int kV>
 void multiply_rows(const float *a, i64 lda, const float *weight, i64 cp, i64 k, float *c, i64 ldc, i64 rows,
                    Ahead ahead) {
   for (; rows >= kRows; rows -= kRows, a += kRows * lda, c += kRows * ldc) {
-    if (ahead.read != nullptr) {
-      for (i64 i = 0; i < ahead.step; i += 16)
-        __builtin_prefetch(ahead.read + i, 0);
-      ahead.read += ahead.step;
-    }
-    if (ahead.write != nullptr) {
-      for (i64 i = 0; i < ahead.step; i += 16)
-        __builtin_prefetch(ahead.write + i, 1);
-      ahead.write += ahead.step;
-    }
+    prefetch(ahead);
     multiply_block<kAccumulate, kRows, kV>(a, lda, weight, cp, k, c, ldc);
   }
+  if (rows > 0)
+    prefetch(ahead);
   switch (rows) {
   case 5:
     return multiply_block<kAccumulate, 5, kV>(a, lda, weight, cp, k, c, ldc);
