@@ -91,18 +91,18 @@ struct Group {
 };
 
 // What to prefetch during the product of point k, so that the transforms do not wait for memory: `rows` rows from pixel
-// (y, x) on, `floats` of each. They are shared out evenly over the points and over the register blocks of each. A
-// prefetch may run past a row or the image; it never faults.
+// (y, x) on, `floats` of each, shared out evenly over the points and the rows of their products, in whole cache lines.
+// A prefetch may run past a row or the image; it never faults.
 struct Share {
-  i64 y, x, step;
+  i64 y, x, floats;
 };
 
 MEMNET_INLINE Share share_of(i64 k, i64 count, i64 y, i64 x, i64 rows, i64 floats, i64 h, i64 cp) {
-  const i64 points = kPoints / rows, row = k / points, blocks = ceil_div(count, kRows);
+  const i64 points = kPoints / rows, row = k / points;
   if (row >= rows || y + row < 0 || y + row >= h)
     return {0, 0, 0};
-  const i64 step = ceil_div(floats, points * blocks * 16) * 16;
-  return {y + row, x + k % points * blocks * step / cp, step};
+  const i64 step = ceil_div(floats, points * count * 16) * 16;
+  return {y + row, x + k % points * count * step / cp, step};
 }
 
 // The input of the group behind this one. Where a stage is one group (tall > 1), its rows lie one behind the other.
@@ -116,7 +116,7 @@ MEMNET_INLINE Ahead upcoming_input(i64 k, const Tiling &t, const Group &group, c
     const Group next{group.row, group.first, group.width, group.start + group.count, group.count};
     share = share_of(k, group.count, next.y(0) - 1, next.x(0), kSpan, kTile * group.count * cp, shape.h, cp);
   }
-  return {share.step == 0 ? nullptr : pixel_at(src, share.y, share.x, cp), nullptr, share.step};
+  return {share.floats == 0 ? nullptr : pixel_at(src, share.y, share.x, cp), nullptr, share.floats};
 }
 
 // Where this group's output goes, and the skip that is added to it.
@@ -126,9 +126,9 @@ MEMNET_INLINE Ahead upcoming_output(i64 k, const Tiling &t, const Group &group, 
   const Share share =
       t.tall > 1 ? share_of(k, group.count, y, 0, 1, smaller(t.tall * kTile, shape.h - y) * dst.pitch, shape.h, cp)
                  : share_of(k, group.count, y, group.x(0), kTile, kTile * group.count * cp, shape.h, cp);
-  if (share.step == 0)
+  if (share.floats == 0)
     return {};
-  return {pixel_at(skip, share.y, share.x, cp), pixel_at(dst, share.y, share.x, cp), share.step};
+  return {pixel_at(skip, share.y, share.x, cp), pixel_at(dst, share.y, share.x, cp), share.floats};
 }
 
 struct Conv {
@@ -167,7 +167,7 @@ void winograd_group(const Shape &shape, const Tiling &t, const Group &group, con
     }
     const Ahead ahead = kStage == Stage::kSecond ? upcoming_output(k, t, group, shape, skip, dst)
                                                  : upcoming_input(k, t, group, shape, src);
-    matmul<false>(input, cp, conv.weight + k * cp * cp, cp, cp, matrix, cp, group.count, ahead);
+    matmul<false>(input, cp, conv.weight + k * cp * cp, cp, cp, nullptr, 0, matrix, cp, group.count, ahead);
   }
   laps.end_of(kProduct, 2 * kPoints * group.count * cp * cp);
   for (i64 i = 0; i < group.count; ++i) {
