@@ -39,18 +39,23 @@ def roofline(profile: Profile) -> bytes:
     threads = {None: "", 1: ", 1 thread"}.get(ceilings.threads, f", {ceilings.threads} threads")
     label = f"measured: {what} {1e-9 * ceilings.flops:.0f} GFLOP/s, copy {1e-9 * ceilings.bytes:.1f} GB/s{threads}"
     axes.loglog([low, ridge, high], roof, color="black", label=label)
+    named: set[str] = set()
     for r, x in zip(rows, intensities, strict=True):
-        kind = r.name.partition(",")[0]
-        y = 1e3 * r.tflops
-        axes.loglog([x], [y], "o", color=_COLOURS[kind], markersize=4 + 20 * r.share**0.5, alpha=0.7)
-        text = f"{r.name} ({r.calls}x)" if r.calls > 1 else r.name
-        axes.annotate(text, (x, y), textcoords="offset points", xytext=(8, -3), fontsize=7)
+        kind, _, sources = r.name.partition(", ")
+        once = "" if kind in named else kind
+        named.add(kind)
+        size = 4 + 20 * r.share**0.5
+        axes.loglog([x], [1e3 * r.tflops], "o", color=_COLOURS[kind], markersize=size, alpha=0.7, label=once or None)
+        if kind == "gate":  # they lie close together: only how many sources each has
+            axes.annotate(sources.partition(" ")[0], (x, 1e3 * r.tflops), fontsize=6, ha="center", va="center")
     c = profile.choice
-    axes.set_title(f"{c.backend} {c.precision} {c.algorithm}, {'x'.join(map(str, profile.shape))}; area: share of the time")
+    axes.set_title(
+        f"{c.backend} {c.precision} {c.algorithm}, {'x'.join(map(str, profile.shape))}; area: share of the time; gates: sources"
+    )
     axes.set_xlabel("executed FLOP per byte that must move")
     axes.set_ylabel("GFLOP/s, executed")
     axes.grid(True, which="both", alpha=0.2)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="upper left", fontsize=8)
     return _png(figure)
 
 
@@ -69,7 +74,7 @@ def memory_chart(memory: Memory) -> bytes:
     above.set_xlim(-1, len(memory.plan.ops))
     above.set_xlabel("operation of the plan")
     above.set_title(f"{memory.plan.num_slots} slots of {memory.slot_bytes / 2**20:.1f} MiB: the maps that they hold")
-    above.legend(loc="upper left", fontsize=7)
+    above.legend(loc="lower left", fontsize=7)
     mib = 2.0**20
     ours = [b / mib for b in memory.live]
     below.step([i / len(ours) for i in range(len(ours))], ours, where="post", label="plan: maps in use")
