@@ -16,6 +16,7 @@ from memnet_fast.engine import state_names
 from memnet_fast.errors import InputError, NumericError
 from memnet_fast.fused import FusedMemNet, fuse
 from memnet_fast.memory import empty
+from memnet_fast.parameters import Parameters
 from memnet_fast.plan import FusedPlan, Op, batch_norm_eps, lower
 from memnet_fast.profile import ceilings
 from memnet_fast.profile.ceilings import Ceilings
@@ -107,7 +108,7 @@ def prepared(net: MemNet, backend: str, precision: str, algorithm: str) -> tuple
         return plan, choice, module.pack(plan, device, choice.precision, choice.algorithm)
     names, state = state_names(net.config), net.state_dict(keep_vars=True)
     live = module.live(net.config, batch_norm_eps(net), names, device, choice.precision, choice.algorithm)
-    return plan, choice, live.bind([state[name].detach() for name in names])
+    return plan, choice, live.bind(Parameters.of([state[name].detach() for name in names]))
 
 
 def measure(

@@ -35,9 +35,9 @@ def roofline(profile: Profile) -> bytes:
     intensities = [r.executed_gflop / r.gb for r in rows]
     low, high = min(*intensities, ridge) / 3, max(*intensities, ridge) * 3
     roof = [1e-9 * min(ceilings.flops, x * ceilings.bytes) for x in (low, ridge, high)]
-    what = "multiply-adds" if ceilings.fma else "product"
+    rate = "multiply-adds" if ceilings.fma else "product"
     threads = {None: "", 1: ", 1 thread"}.get(ceilings.threads, f", {ceilings.threads} threads")
-    label = f"measured: {what} {1e-9 * ceilings.flops:.0f} GFLOP/s, copy {1e-9 * ceilings.bytes:.1f} GB/s{threads}"
+    label = f"measured: {rate} {1e-9 * ceilings.flops:.0f} GFLOP/s, copy {1e-9 * ceilings.bytes:.1f} GB/s{threads}"
     axes.loglog([low, ridge, high], roof, color="black", label=label)
     named: set[str] = set()
     for r, x in zip(rows, intensities, strict=True):
