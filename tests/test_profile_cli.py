@@ -15,7 +15,7 @@ from support.restoring import small_net
 from support.threads import torch_threads
 
 from memnet_fast import cli, files, weights
-from memnet_fast.profile import ceilings
+from memnet_fast.profile import ceilings, measuring
 from memnet_fast.profile.ceilings import Ceilings
 
 
@@ -91,11 +91,9 @@ def test_a_row_for_each_operation(run):
 
 @pytest.mark.parametrize(("size", "height", "width"), [("4x5", 4, 5), ("30x29", 30, 29)])
 def test_an_image_is_cut_or_mirrored(run, picture, monkeypatch, size, height, width):
-    from memnet_fast.profile import measure as module
-
     seen = []
-    honest = module.measure
-    monkeypatch.setattr("memnet_fast.profile.measure.measure", lambda net, x, **o: seen.append(x) or honest(net, x, **o))
+    honest = measuring.measure
+    monkeypatch.setattr(measuring, "measure", lambda net, x, **o: seen.append(x) or honest(net, x, **o))
     code, _, err = run("-i", picture, "--size", size, "--rounds", "1", "--backend", "torch")
     assert code == 0, err
     rgb = np.asarray(Image.open(picture), np.float32) / 255
@@ -125,7 +123,7 @@ def test_an_image_is_cut_or_mirrored(run, picture, monkeypatch, size, height, wi
         (["--size", "4", "-o", "."], 3, "is a folder"),
         (["--size", "4", "--json", "missing/n.json"], 3, "there is no folder missing"),
         (["--size", "4", "-o", "t.json", "--json", "t.json"], 3, "another result"),
-        (["--size", "4", "--ncu", "--backend", "cpu"], 2, "runs on a GPU"),
+        (["--size", "4", "--ncu", "--backend", "cpu"], 2, "run on a GPU"),
         (["--size", "4", "--ncu", "-p", "fp32"], 2, "knows the precisions"),
     ],
 )

@@ -13,7 +13,7 @@ from memnet_fast import backends, native, packing, timing
 from memnet_fast.config import PRESETS
 from memnet_fast.plan import FirstConv, Gate, Reconstruct, ResidualBlock, lower, outline
 from memnet_fast.profile.cost import Way, cost, winograd_tile
-from memnet_fast.profile.measure import prepared, way_of
+from memnet_fast.profile.measuring import prepared, way_of
 from memnet_fast.reference import count_macs
 
 DIRECT = Way(channels=16, element=4, winograd=False, mixes_heads=True)

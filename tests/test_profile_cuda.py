@@ -9,6 +9,7 @@ from support import cuda_twin, networks
 from memnet_fast import native_cuda, timing
 from memnet_fast.backends import cuda
 from memnet_fast.plan import lower
+from memnet_fast.profile.measuring import prepared
 from memnet_fast.timing import Span, Stopwatch, of_timeline
 
 CPU = torch.device("cpu")
@@ -24,8 +25,7 @@ def twin(twin_build, monkeypatch):
 @pytest.fixture
 def placed(twin):
     """A network, its plan, and what a run needs."""
-    plan = lower(networks.build(networks.SMALL))
-    packed = cuda.pack(plan, CPU, "fp16", "direct")
+    plan, _, packed = prepared(networks.build(networks.SMALL), "cuda", "fp16", "direct")
     x = networks.image(1, 1, 5, 7)
     memory = [torch.empty_like(x) for _ in range(2)]
     workspace = torch.zeros(packed.workspace_bytes(1, 5, 7), dtype=torch.uint8)
@@ -89,13 +89,12 @@ def test_a_launch_that_fails_closes_its_ranges(twin, placed):
 def test_a_timeline_serves_one_call_of_its_plan(twin, placed):
     plan, packed, x, (out, _), workspace = placed
     names = list(timing.names(plan.ops))
-    bound = packed._bound
     with pytest.raises(ValueError, match="one call"):
-        bound._run(x, out, workspace, native_cuda.module().Timeline(names[:-1]))
+        packed._run(x, out, workspace, native_cuda.module().Timeline(names[:-1]))
     timeline = native_cuda.module().Timeline(names)
-    bound._run(x, out, workspace, timeline)
+    packed._run(x, out, workspace, timeline)
     with pytest.raises(ValueError, match="one call"):
-        bound._run(x, out, workspace, timeline)
+        packed._run(x, out, workspace, timeline)
     assert native_cuda.module().Timeline(names).rows() == []
 
 

@@ -16,7 +16,7 @@ from memnet_fast.cli.messages import State, say, shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memnet_fast.profile.measure import Profile
+    from memnet_fast.profile.measuring import Profile
     from memnet_fast.profile.memory import Memory
     from memnet_fast.reference import MemNet
 
@@ -73,7 +73,7 @@ def profile(ctx: click.Context, **options: Any) -> int:
         from memnet_fast.profile import plots
 
         plots.require()  # before minutes of work, not after
-    from memnet_fast.profile.measure import measure
+    from memnet_fast.profile.measuring import measure
     from memnet_fast.restore.restorer import placed
 
     net = _network(options)
@@ -103,6 +103,8 @@ def _outputs(options: dict[str, Any]) -> dict[str, Path]:
     files: dict[str, Path] = {}
     if options["output"] is not None:
         path = Path(options["output"])
+        if not path.name:
+            raise OutputError(f"cannot write {path}: it is a folder")
         files = {"trace": path, "roofline": path.with_suffix(".roofline.png")}
         if options["memory"]:
             files["memory"] = path.with_suffix(".memory.png")

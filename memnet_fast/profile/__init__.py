@@ -5,6 +5,6 @@ table.rows(found), table.values(found)          # numbers
 trace.encoded(found), plots.roofline(found)     # files
 """
 
-from memnet_fast.profile.measure import Profile, measure
+from memnet_fast.profile.measuring import Profile, measure
 
 __all__ = ["Profile", "measure"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from memnet_fast import timing
 from memnet_fast.errors import MissingExtra
 from memnet_fast.profile import table
-from memnet_fast.profile.measure import Profile
+from memnet_fast.profile.measuring import Profile
 from memnet_fast.profile.memory import Memory
 
 if TYPE_CHECKING:

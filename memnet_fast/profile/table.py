@@ -14,7 +14,7 @@ from rich.table import Table
 
 from memnet_fast import __version__
 from memnet_fast.profile.ceilings import Ceilings
-from memnet_fast.profile.measure import Operation, Profile
+from memnet_fast.profile.measuring import Operation, Profile
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 from memnet_fast import __version__
-from memnet_fast.profile.measure import Profile
+from memnet_fast.profile.measuring import Profile
 
 _PLAN, _CALL = 1, 2
 _PAUSE = 1_000_000  # nanoseconds between two rounds
