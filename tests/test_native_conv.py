@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from native_harness import Plan, single
 
-SIZES = [(1, 1), (1, 7), (7, 1), (2, 2), (3, 3), (4, 5), (5, 4), (15, 16), (16, 17), (17, 15), (33, 29), (63, 65), (127, 9)]
+SIZES = [(1, 1), (1, 7), (7, 1), (2, 2), (3, 3), (4, 5), (15, 16), (16, 17), (17, 15), (33, 29), (63, 65), (127, 9), (8, 331)]
 CHANNELS = [64, 16, 20, 5]
 ALGORITHMS = ["direct", "winograd"]
 
 # Largest error of any element, in units of the RMS of what the convolution adds: twice the largest measured over every case of
-# this file (first 1.25e-6, direct 4.2e-6, Winograd 6.7e-6; worst RMS errors 4.6e-7 direct, 1.0e-6 Winograd).
-LIMIT = {"first": 2.5e-6, "direct": 8e-6, "winograd": 1.3e-5}
+# this file (first 1.25e-6, direct 4.2e-6, Winograd 4.6e-5; worst RMS errors 4.6e-7 direct, 3.7e-6 Winograd).
+LIMIT = {"first": 2.5e-6, "direct": 8e-6, "winograd": 9.2e-5}
 
 
 def block_parameters(channels: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -85,6 +85,19 @@ def test_threads_bands_and_batch_do_not_change_a_bit(algorithm):
             assert torch.equal(together, torch.cat(alone)), (isa, threads)
             one = run_block(x[:1], parameters, algorithm=algorithm, isa=isa, threads=threads)
             assert torch.equal(one, alone[0]), (isa, threads)
+
+
+def test_panels_do_not_change_a_bit():
+    """A wide image is computed in panels; its left part alone in fewer, with the same result as far as that sees the same."""
+    generator = torch.Generator().manual_seed(8)
+    parameters = block_parameters(16, generator)
+    x = single(2, 16, 32, 700, generator=generator)
+    for isa, threads in itertools.product(nh.isas(), (1, 2)):
+        whole = run_block(x, parameters, algorithm="winograd", isa=isa, threads=threads)
+        for width in (288, 420):
+            part = run_block(x[..., :width].contiguous(), parameters, algorithm="winograd", isa=isa, threads=threads)
+            alike = width - 12  # the last tile column and the one before it read what was cut off
+            assert torch.equal(part[..., :alike], whole[..., :alike]), (isa, threads, width)
 
 
 def test_both_winograd_schedules_are_exercised():
