@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from memnet_fast import native, packing
 from memnet_fast.config import MemNetConfig
 from memnet_fast.plan import FirstConv, FusedPlan, Gate, Reconstruct, ResidualBlock
+from memnet_fast.timing import Timing, of_native
 
 PRECISIONS = ("fp32",)
 ALGORITHMS = ("winograd", "direct")
@@ -171,9 +173,13 @@ class CpuPacked:
                         self._direct = CpuPacked(self.plan, "direct", self.isa)
                     self._direct._call(image[i : i + 1], out[i : i + 1], workspace)
 
-    def _call(self, image: Tensor, out: Tensor, workspace: Tensor) -> None:
+    def run_timed(self, image: Tensor, out: Tensor, workspace: Tensor, names: Sequence[str]) -> Timing:
+        return of_native(self._call(image, out, workspace, timed=True), native.module().PHASES)
+
+    def _call(self, image: Tensor, out: Tensor, workspace: Tensor, timed: bool = False) -> Any:
         n, _, h, w = image.shape
-        native.module().run(
+        call = native.module().run_timed if timed else native.module().run
+        return call(
             self.ops,
             *self._shape(n, h, w),
             workspace.data_ptr(),
