@@ -1,6 +1,9 @@
 """The native first convolution and residual block against float64 torch: every size class, instruction set and algorithm."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import native_harness as nh
 import numpy as np
@@ -87,17 +90,32 @@ def test_threads_bands_and_batch_do_not_change_a_bit(algorithm):
             assert torch.equal(one, alone[0]), (isa, threads)
 
 
-def test_panels_do_not_change_a_bit():
-    """A wide image is computed in panels; its left part alone in fewer, with the same result as far as that sees the same."""
+def wide_block(isa: str, threads: int, width: int = 700) -> torch.Tensor:
+    """Three panels at full width, and as many bands as threads up to three."""
     generator = torch.Generator().manual_seed(8)
     parameters = block_parameters(16, generator)
-    x = single(2, 16, 32, 700, generator=generator)
-    for isa, threads in itertools.product(nh.isas(), (1, 2)):
-        whole = run_block(x, parameters, algorithm="winograd", isa=isa, threads=threads)
-        for width in (288, 420):
-            part = run_block(x[..., :width].contiguous(), parameters, algorithm="winograd", isa=isa, threads=threads)
-            alike = width - 12  # the last tile column and the one before it read what was cut off
-            assert torch.equal(part[..., :alike], whole[..., :alike]), (isa, threads, width)
+    x = single(2, 16, 39, 700, generator=generator)
+    return run_block(x[..., :width].contiguous(), parameters, algorithm="winograd", isa=isa, threads=threads)
+
+
+@pytest.mark.parametrize("isa", nh.isas())
+def test_panels_and_seams_do_not_change_a_bit(isa):
+    whole = wide_block(isa, 1)
+    for threads in (2, 3):
+        assert torch.equal(wide_block(isa, threads), whole), threads
+    for width in (288, 420):  # one panel and two: the same as far as they see the same
+        part = wide_block(isa, 2, width)
+        alike = width - 12  # the last column of tiles and the one before it read what was cut off
+        assert torch.equal(part[..., :alike], whole[..., :alike]), width
+
+
+def test_bands_end_where_openmp_grants_fewer_threads():
+    """A band waits for the one above it; one thread that computes both must not wait for itself."""
+    code = "import test_native_conv as t; print(t.wide_block('auto', 3).double().sum().item())"
+    environment = os.environ | {"OMP_THREAD_LIMIT": "1", "PYTHONPATH": os.pathsep.join([*sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == wide_block("auto", 3).double().sum().item()
 
 
 def test_both_winograd_schedules_are_exercised():

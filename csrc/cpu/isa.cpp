@@ -23,8 +23,8 @@ static i64 scratch_floats(const Shape &shape, Algorithm algorithm, int threads) 
   return ceil_div(most, 16) * 16;
 }
 
-static bool needs_mid(const Shape &shape, Algorithm algorithm, int threads) {
-  return algorithm == Algorithm::kDirect || tiling(shape, threads).bands == 0;
+static i64 mid_floats(const Shape &shape, Algorithm algorithm, int threads) {
+  return algorithm == Algorithm::kDirect ? shape.n * shape.h * shape.w * shape.cp : winograd_mid(shape, threads);
 }
 
 static void run_op(const Op &op, const Frame &frame) {
@@ -43,7 +43,7 @@ static void run_op(const Op &op, const Frame &frame) {
 } // namespace MEMNET_ISA
 
 const Kernels &MEMNET_TABLE(MEMNET_ISA)() {
-  static const Kernels table = {MEMNET_NAME(MEMNET_ISA), MEMNET_ISA::scratch_floats, MEMNET_ISA::needs_mid,
+  static const Kernels table = {MEMNET_NAME(MEMNET_ISA), MEMNET_ISA::scratch_floats, MEMNET_ISA::mid_floats,
                                 MEMNET_ISA::run_op, MEMNET_ISA::multiply_add};
   return table;
 }

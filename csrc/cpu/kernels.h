@@ -28,7 +28,7 @@ struct Frame {
   const float *image;          // [N, Cin, H, W]
   float *out;                  // [N, Cout, H, W]
   float *slots;                // [num_slots][N, H, W, Cp]
-  float *mid;                  // [N, H, W, Cp], null where needs_mid says no
+  float *mid;                  // [mid_floats], null where that is 0
   float *scratch;              // [threads][scratch_floats]
   std::int64_t scratch_floats; // per thread, a multiple of 16
   Times *times;                // [threads] of this operation; null: nobody asks
@@ -37,7 +37,7 @@ struct Frame {
 struct Kernels {
   const char *isa;
   std::int64_t (*scratch_floats)(const Shape &shape, Algorithm algorithm, int threads); // per thread, a multiple of 16
-  bool (*needs_mid)(const Shape &shape, Algorithm algorithm, int threads);
+  std::int64_t (*mid_floats)(const Shape &shape, Algorithm algorithm, int threads); // between convolutions, as above
   void (*run_op)(const Op &op, const Frame &frame);
   std::int64_t (*multiply_add)(int threads, std::int64_t rounds); // see peak.h
 };

@@ -87,7 +87,7 @@ Layout lay_out(const Shape &shape, Algorithm algorithm, const Kernels &kernels, 
   layout.slot_floats = times(pixels, shape.cp);
   // Scratch holds a few rows or blocks; once a slot's bytes fit 64 bits thousandfold, its size cannot overflow either.
   times(layout.slot_floats, 4096);
-  layout.mid_floats = kernels.needs_mid(shape, algorithm, threads) ? layout.slot_floats : 0;
+  layout.mid_floats = kernels.mid_floats(shape, algorithm, threads);
   layout.scratch_floats = kernels.scratch_floats(shape, algorithm, threads);
   const std::int64_t slots = plus(times(layout.slot_floats, shape.num_slots), layout.mid_floats);
   layout.bytes = times(plus(slots, times(layout.scratch_floats, threads)), sizeof(float));
