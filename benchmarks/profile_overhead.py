@@ -1,8 +1,8 @@
 """What the timing in the native CPU code costs:  python -m benchmarks.profile_overhead [--size 128] [--rounds 15] [--threads 1]
 
 Builds the module twice, without any of it (MEMNET_NO_TIMING) and as it is, and runs a network in turns in three ways: "none"
-(the first build), "off" (the second, an ordinary run), "on" (the second, a timed run). A ratio is taken within a round. CPU time
-decides: other work on the machine then disturbs little, and instructions are what the timing costs.
+(the first build), "off" (the second, an ordinary run), "on" (the second, a timed run). A ratio is taken within a round. CPU
+time decides: other work on the machine then disturbs little, and instructions are what the timing costs.
 
 Writes benchmarks/results/<device>/profile_overhead.json. Goals: off / none at most 1.01, on / none at most 1.05.
 """
@@ -99,9 +99,12 @@ def ways(plan: FusedPlan, image: torch.Tensor, none: ModuleType, hooked: ModuleT
 
         def run(
             module: ModuleType = module, packed: Any = packed, out: Any = out, work: Any = workspace, on: bool = name == "on"
-        ):
+        ) -> None:
             with _loaded(module):
-                packed.run_timed(image, out, work, names) if on else packed.run(image, out, work)
+                if on:
+                    packed.run_timed(image, out, work, names)
+                else:
+                    packed.run(image, out, work)
 
         made[name] = run
         run()

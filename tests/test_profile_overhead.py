@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 
 import pytest
@@ -14,20 +15,26 @@ from memnet_fast import native
 from memnet_fast.plan import lower
 
 
-def _busy(seconds: float):
-    def run() -> None:
-        end = time.process_time() + seconds
-        while time.process_time() < end:
-            pass
+def test_ratios_are_taken_within_rounds(monkeypatch):
+    """On a machine that becomes slower and slower: the ratios do not show it."""
+    now = {"cpu": 0.0, "clock": 0.0, "runs": 0}
+    monkeypatch.setattr(time, "process_time", lambda: now["cpu"])
+    monkeypatch.setattr(time, "perf_counter", lambda: now["clock"])
 
-    return run
+    def lasts(seconds: float):
+        def run() -> None:
+            slowness = 1 + now["runs"] // 3
+            now["runs"] += 1
+            now["cpu"] += seconds * slowness
+            now["clock"] += 2 * seconds * slowness
 
+        return run
 
-def test_ratios_are_those_of_the_cpu_time():
-    found = profile_overhead.compare({"none": _busy(0.01), "off": _busy(0.01), "on": _busy(0.03)}, 3)
-    assert 2.0 < found["on_cpu"]["median"] < 4.5 and 0.6 < found["off_cpu"]["median"] < 1.7
-    assert found["on_cpu"]["q20"] <= found["on_cpu"]["median"] <= found["on_cpu"]["q80"]
-    assert {name: len(rows) for name, rows in found["seconds"].items()} == {"none": 3, "off": 3, "on": 3}
+    found = profile_overhead.compare({"none": lasts(1.0), "off": lasts(1.0), "on": lasts(1.5)}, 4)
+    for key, ratio in (("off_cpu", 1.0), ("on_cpu", 1.5), ("off_clock", 1.0), ("on_clock", 1.5)):
+        assert set(found[key].values()) == {ratio}
+    assert [row["cpu"] for row in found["seconds"]["none"]] == [1.0, 2.0, 3.0, 4.0]
+    assert [row["clock"] for row in found["seconds"]["on"]] == [3.0, 6.0, 9.0, 12.0]
 
 
 @pytest.mark.skipif(native.why_missing() is not None, reason=native.why_missing() or "built")
@@ -51,8 +58,6 @@ def test_the_three_ways_are_one_network(monkeypatch):
                 module.run(*arguments)
                 Wrong.calls += 1
                 # The address of the result is the last but four of the arguments.
-                import ctypes
-
                 ctypes.cast(arguments[-4], ctypes.POINTER(ctypes.c_float))[0] += Wrong.calls
 
         with pytest.raises(RuntimeError, match="different results"):
