@@ -58,7 +58,7 @@ bool same_bytes(const Addresses &addresses, const Sizes &sizes, const Bytes &exp
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native MemNet operations on raw addresses. Checked arguments raise ValueError.";
 
-  PYBIND11_NUMPY_DTYPE(memnet::Op, kind, src, dst, num_src, kernel, clamp, skip_weight, reserved, srcs, scale, shift,
+  PYBIND11_NUMPY_DTYPE(memnet::Op, kind, src, dst, num_src, kernel, clamp, skip_weight, accumulate, srcs, scale, shift,
                        weight_a, bias_a, weight_b, bias_b, head_weights);
   m.attr("op_dtype") = py::dtype::of<memnet::Op>();
   PYBIND11_NUMPY_DTYPE(memnet::Times, begin, end, flop, phases);

@@ -15,9 +15,10 @@ constexpr i64 kGatePixels = 96;
 
 MEMNET_INLINE i64 gate_scratch(const Shape &shape) { return 2 * kGatePixels * shape.cp; }
 
-// Writes relu(src * scale + shift) one pixel at a time, and prefetches another source, as a side task of a product.
+// Writes relu(src * scale + shift) one pixel at a time, and prefetches another source and what it will be added to, as
+// a side task of a product.
 struct Activation {
-  const float *src, *scale, *shift, *upcoming; // upcoming may be null
+  const float *src, *scale, *shift, *upcoming, *sums; // the last two may be null
   float *active;
   i64 rows, cp;
 
@@ -29,11 +30,16 @@ struct Activation {
       store(active + c, relu(fma(load(src + c), load(scale + c), load(shift + c))));
     src += cp;
     active += cp;
-    if (upcoming == nullptr)
-      return;
-    for (i64 c = 0; c < cp; c += 16)
-      __builtin_prefetch(upcoming + c, 0);
-    upcoming += cp;
+    if (upcoming != nullptr) {
+      for (i64 c = 0; c < cp; c += 16)
+        __builtin_prefetch(upcoming + c, 0);
+      upcoming += cp;
+    }
+    if (sums != nullptr) {
+      for (i64 c = 0; c < cp; c += 16)
+        __builtin_prefetch(sums + c, 1);
+      sums += cp;
+    }
   }
 };
 
@@ -60,13 +66,9 @@ template <int kCp> void gate_blocks(const Op &op, const Frame &frame) {
     };
     const auto activation = [&](i64 at) {
       const i64 j = at % sources, rows = at < end ? smaller(kGatePixels, pixels - at / sources * kGatePixels) : 0;
-      return Activation{source_at(at),
-                        scale + j * cp,
-                        shift + j * cp,
-                        source_at(at + 1),
-                        scratch + at % 2 * kGatePixels * cp,
-                        rows,
-                        cp};
+      const float *sums = j == 0 && at < end ? dst + at / sources * kGatePixels * cp : nullptr;
+      float *active = scratch + at % 2 * kGatePixels * cp;
+      return Activation{source_at(at), scale + j * cp, shift + j * cp, source_at(at + 1), sums, active, rows, cp};
     };
     Activation first = activation(begin);
     while (first.rows > 0)
@@ -75,8 +77,9 @@ template <int kCp> void gate_blocks(const Op &op, const Frame &frame) {
     for (i64 at = begin; at < end; ++at) {
       const i64 j = at % sources, from = at / sources * kGatePixels, rows = smaller(kGatePixels, pixels - from);
       float *sums = dst + from * cp;
-      matmul<true>(scratch + at % 2 * kGatePixels * cp, cp, weight + j * cp * cp, cp, cp, j == 0 ? bias : sums,
-                   j == 0 ? 0 : cp, sums, cp, rows, activation(at + 1));
+      const bool begins = j == 0 && op.accumulate == 0;
+      matmul<true>(scratch + at % 2 * kGatePixels * cp, cp, weight + j * cp * cp, cp, cp, begins ? bias : sums,
+                   begins ? 0 : cp, sums, cp, rows, activation(at + 1));
       laps.end_of(kProduct, 2 * rows * cp * cp);
     }
     laps.end_of(kWait);
