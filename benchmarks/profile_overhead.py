@@ -21,7 +21,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -138,11 +138,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=128, help="height and width of the image")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1, help="with more, CPU time counts waiting threads, too")
+    parser.add_argument("--folder", type=Path, help="keep the builds here, for the next time")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     plan = lower(create_model("memnet_m6r6.denoise"))
     image = torch.rand(1, 1, options.size, options.size, generator=torch.Generator().manual_seed(0))
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() if options.folder is None else nullcontext(options.folder) as name:
         none, hooked = build(Path(name), "bare", "-DMEMNET_NO_TIMING"), build(Path(name), "hooked")
         found = compare(ways(plan, image, none, hooked), options.rounds)
         about = {
