@@ -12,6 +12,7 @@ from support import networks
 from support.threads import torch_threads
 
 from memnet_fast import native
+from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import BackendUnavailable, InputError
 from memnet_fast.profile import ceilings, measure, plots, table, trace
 from memnet_fast.profile.ceilings import Ceilings
@@ -19,6 +20,8 @@ from memnet_fast.profile.ceilings import Ceilings
 pytest.importorskip("rich")
 BACKENDS = [("torch", "direct")] + ([] if native.why_missing() else [("cpu", "winograd"), ("cpu", "direct")])
 ROUNDS = 2
+# Three recursions: enough for the CPU backend to run a gate in parts.
+CONFIG = MemNetConfig(channels=16, num_memory_blocks=2, num_recursions=3)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +36,7 @@ def known_ceilings(monkeypatch):
 def profile(request):
     backend, algorithm = request.param
     with torch_threads(1):
-        return measure(networks.build(networks.SMALL), networks.image(1, 1, 13, 17), backend, "fp32", algorithm, ROUNDS)
+        return measure(networks.build(CONFIG), networks.image(1, 1, 13, 17), backend, "fp32", algorithm, ROUNDS)
 
 
 def test_every_operation_of_every_round_is_timed(profile):
@@ -41,7 +44,8 @@ def test_every_operation_of_every_round_is_timed(profile):
     assert [op.index for op in profile.operations] == list(range(count))
     assert len(profile.rounds) == len(profile.plain_ms) == ROUNDS
     for timing in profile.rounds:
-        assert [span.op for span in timing.spans] == list(range(count))
+        # A backend may run an operation in several parts, between others.
+        assert {span.op for span in timing.spans} == set(range(count))
         assert all(span.begin < span.end for span in timing.spans)
         assert all(a.end <= b.begin for a, b in zip(timing.spans, timing.spans[1:], strict=False))
     assert profile.packing_ms == 0.0  # weights are packed once, before
@@ -55,8 +59,7 @@ def test_phases_are_the_time_of_a_thread(profile):
     for timing in profile.rounds:
         assert {t.op for t in timing.threads} == {op.index for op in profile.operations}
         for part in timing.threads:
-            span = timing.spans[part.op]
-            assert span.begin <= part.begin <= part.end <= span.end
+            assert any(s.op == part.op and s.begin <= part.begin <= part.end <= s.end for s in timing.spans)
             together = sum(part.phases.values())
             if profile.choice.algorithm == "winograd":
                 assert together == part.end - part.begin
@@ -73,8 +76,8 @@ def test_rows_add_up(profile, known_ceilings):
     assert {r.name for r in rows} == {
         "first_conv",
         "residual_block",
-        "gate, 3 sources",
         "gate, 4 sources",
+        "gate, 5 sources",
         "reconstruct, 2 sources",
     }
     for r in rows:
@@ -113,17 +116,18 @@ def test_trace_is_nested_in_order_and_adds_up(profile):
     rounds = [s for s in tracks[1, 0] if s[2]["cat"] == "round"]
     operations = [s for s in tracks[1, 0] if s[2]["cat"] != "round"]
     assert [end - begin for begin, end, _ in rounds] == [t.nanoseconds for t in profile.rounds]
-    assert [s[2]["name"] for s in operations] == [op.name for op in profile.operations] * ROUNDS
+    ran = [profile.operations[span.op].name for timing in profile.rounds for span in timing.spans]
+    assert [s[2]["name"] for s in operations] == ran
     for op in profile.operations:
         own = [end - begin for begin, end, e in operations if e["args"]["operation"] == op.index]
-        assert [1e-6 * ns for ns in own] == pytest.approx(list(op.ms))
+        assert 1e-6 * sum(own) == pytest.approx(sum(op.ms))
     for track in tracks:
         if track[0] == 1 and track[1] > 0:
             threads = [s for s in tracks[track] if s[2]["cat"] == "thread"]
             phases = [s for s in tracks[track] if s[2]["cat"] == "phase"]
             whole = sum(sum(t.phases.values()) for timing in profile.rounds for t in timing.threads if t.thread == track[1] - 1)
             assert sum(end - begin for begin, end, _ in phases) == whole
-            assert len(threads) == ROUNDS * len(profile.operations)
+            assert len(threads) == sum(len(timing.spans) for timing in profile.rounds)
     # One ordinary call under torch.profiler: the operator is in it.
     assert any("memnet_fast::forward" in e["name"] for (pid, _), spans in tracks.items() if pid == 2 for _, _, e in spans)
 

@@ -7,30 +7,49 @@ import torch
 from support import networks
 from torch.profiler import ProfilerActivity, profile
 
-from memnet_fast.plan import lower, outline, reads, writes
+from memnet_fast import backends, native
+from memnet_fast.plan import lower, reads, writes
 from memnet_fast.profile import memory as memories
 from memnet_fast.profile import plots
 from memnet_fast.profile.cost import Way
 
 WAY = Way(16, 4, True, True)
+needs_native = pytest.mark.skipif(native.why_missing() is not None, reason=native.why_missing() or "built")
+
+
+def _steps(config, backend):
+    plan = lower(networks.build(config))
+    packed = backends.cpu.pack(plan, torch.device("cpu"), "fp32", "direct") if backend == "cpu" else None
+    return memories.steps(plan, packed)
 
 
 @pytest.mark.parametrize("name", list(networks.VARIANTS))
-def test_a_slot_is_in_use_from_its_writer_to_its_last_reader(name):
-    plan = outline(networks.VARIANTS[name])
-    found = memories.lives(plan)
-    # A replay, from the end: a slot is alive before an operation that reads it, and not before the one that writes it.
+@pytest.mark.parametrize("backend", ["plan", pytest.param("cpu", marks=needs_native)])
+def test_a_slot_is_in_use_from_its_writer_to_its_last_reader(name, backend):
+    steps = _steps(networks.VARIANTS[name], backend)
+    found = memories.lives(steps)
+    # A replay, from the end: a slot is alive before a step that reads it, and not before the one that begins to write it.
     alive, during = set(), []
-    for op in reversed(plan.ops):
-        target = writes(op)
-        during.append(alive | set(reads(op)) | ({target} if target is not None else set()))
-        alive = (alive - {target}) | set(reads(op))
+    for step in reversed(steps):
+        needed, target = set(reads(step.op)), writes(step.op)
+        during.append(alive | needed | ({target} if target is not None else set()))
+        alive = (alive - {target}) | needed | ({target} if step.goes_on else set())
     assert not alive
     for i, expected in enumerate(reversed(during)):
         own = [life.slot for life in found if life.first <= i <= life.last]
         assert len(own) == len(set(own)), "two maps in one slot"
         assert set(own) == expected, i
-    assert len(found) == len(plan.ops) - 1 and {life.slot for life in found} == set(range(plan.num_slots))
+    written = [step for step in steps if writes(step.op) is not None and not step.goes_on]
+    assert [life.name for life in found] == [step.name for step in written]
+
+
+@needs_native
+def test_the_cpu_backend_has_slots_of_its_own():
+    """Three recursions: the first pair goes into the sum of the gate before the third is there."""
+    config = networks.VARIANTS["unshared"]
+    ours, planned = _steps(config, "cpu"), _steps(config, "plan")
+    assert any(step.goes_on for step in ours) and not any(step.goes_on for step in planned)
+    assert max(life.slot for life in memories.lives(ours)) < max(life.slot for life in memories.lives(planned))
 
 
 @pytest.mark.parametrize("name", ["official", "no_bias", "unshared", "last_output", "lornatang", "gray_to_colour"])
@@ -61,8 +80,7 @@ def test_the_reference_allocates_what_its_shapes_say(name):
 
 def test_gate_by_gate():
     config, (n, h, w) = networks.SMALL, (1, 8, 8)
-    plan = lower(networks.build(config))
-    found = memories.memory(plan, WAY, 1 << 20, n, h, w)
+    found = memories.memory(config, _steps(config, "plan"), WAY, 1 << 20, n, h, w)
     one = 4 * 16 * h * w
     assert found.slot_bytes == one and len(found.concatenations) == 2
     for block, c in enumerate(found.concatenations):
@@ -85,15 +103,14 @@ def test_memory_grows_with_the_pixels():
 def test_table_and_picture():
     from rich.console import Console
 
-    plan = lower(networks.build(networks.SMALL))
-    found = memories.memory(plan, WAY, 1 << 20, 1, 8, 8)
+    found = memories.memory(networks.SMALL, _steps(networks.SMALL, "plan"), WAY, 1 << 20, 1, 8, 8)
     with open("/dev/null", "w") as nowhere:
         console = Console(width=150, record=True, file=nowhere)
         console.print(memories.slots_table(found))
         lines = console.export_text().splitlines()
     drawn = [line.split("│")[2].strip() for line in lines if line.startswith("│")]
     # H^1 of both blocks in slot 0, B_0 in slot 2 until the second gate reads it.
-    assert drawn[0] == ".|==|==." and drawn[2] == "|======." and len(drawn) == plan.num_slots
+    assert drawn[0] == ".|==|==." and drawn[2] == "|======." and len(drawn) == found.num_slots == 5
     assert "workspace" in " ".join(memories.summary(found))
     pytest.importorskip("matplotlib")
     assert plots.memory_chart(found).startswith(b"\x89PNG")

@@ -101,6 +101,11 @@ class CpuPacked:
             self._fill(record, step)
 
     @property
+    def steps(self) -> tuple[Step, ...]:
+        """What runs, in order."""
+        return tuple(self._steps)
+
+    @property
     def padded_channels(self) -> int:
         return packing.padded_channels(self.plan.config.channels)
 

@@ -87,7 +87,7 @@ def profile(ctx: click.Context, **options: Any) -> int:
         from memnet_fast.profile import memory as memories
 
         n, _, h, w = found.shape
-        memory = memories.memory(found.plan, found.way, found.workspace_bytes, n, h, w)
+        memory = memories.memory(found.plan.config, found.steps, found.way, found.workspace_bytes, n, h, w)
     _write(files, found, memory)
     if options["json_file"] == "-":
         click.echo(json.dumps(_values(found, memory), allow_nan=False))

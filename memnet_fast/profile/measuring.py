@@ -21,6 +21,7 @@ from memnet_fast.plan import FusedPlan, Op, batch_norm_eps, lower
 from memnet_fast.profile import ceilings
 from memnet_fast.profile.ceilings import Ceilings
 from memnet_fast.profile.cost import Cost, Way, cost
+from memnet_fast.profile.memory import Step, steps
 from memnet_fast.reference import MemNet
 from memnet_fast.timing import Timing
 
@@ -59,7 +60,7 @@ class Operation:
 class Profile:
     """plain_ms: of the ordinary call of `fuse(net)`, in turns with the timed ones; timed_ms: of the operations of each round,
     with the packing of weights where the device does it; packing_ms: that part. host: one ordinary call under torch.profiler.
-    ceilings: with one thread, and with those of the run (a GPU: one entry), the last one counts."""
+    ceilings: with one thread, and with those of the run (a GPU: one entry), the last one counts. steps: what ran."""
 
     plan: FusedPlan
     choice: backends.Choice
@@ -71,6 +72,7 @@ class Profile:
     host: tuple[HostEvent, ...]
     ceilings: tuple[Ceilings, ...]
     way: Way
+    steps: tuple[Step, ...]
     workspace_bytes: int
 
     @property
@@ -158,6 +160,7 @@ def measure(
         events,
         _ceilings(choice, packed, image.device),
         way,
+        steps(plan, packed),
         size,
     )
 

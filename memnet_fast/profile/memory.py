@@ -8,8 +8,8 @@ not among them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,14 +19,23 @@ from torch.utils._pytree import tree_leaves
 
 from memnet_fast import timing
 from memnet_fast.config import MemNetConfig
-from memnet_fast.plan import FusedPlan, reads, writes
+from memnet_fast.plan import FusedPlan, Op, reads, writes
 from memnet_fast.profile.cost import Way
 from memnet_fast.reference import MemNet
 
 
 @dataclass(frozen=True)
+class Step:
+    """What a backend runs: an operation on its own slots, or a part of one. goes_on: it adds to what an earlier part wrote."""
+
+    name: str
+    op: Op
+    goes_on: bool = False
+
+
+@dataclass(frozen=True)
 class Life:
-    """One map in its slot: from the operation that writes it to the last that reads it (indices, both included)."""
+    """One map in its slot: from the step that first writes it to the last that needs it (indices, both included)."""
 
     name: str
     slot: int
@@ -60,10 +69,11 @@ class Concatenation:
 
 @dataclass(frozen=True)
 class Memory:
-    """slot_bytes: of one slot. live: bytes in use during each operation. workspace: what is allocated for all of it, with
-    scratch memory (and packed weights, on a GPU). reference: allocations in order."""
+    """slot_bytes: of one slot. live: bytes in use during each step. workspace: what is allocated for all of it, with scratch
+    memory (and packed weights, on a GPU). reference: allocations in order."""
 
-    plan: FusedPlan
+    steps: tuple[Step, ...]
+    num_slots: int
     lives: tuple[Life, ...]
     slot_bytes: int
     live: tuple[int, ...]
@@ -80,19 +90,26 @@ class Memory:
         return max(a.live for a in self.reference)
 
 
-def lives(plan: FusedPlan) -> tuple[Life, ...]:
-    """In the order in which they are written."""
+def steps(plan: FusedPlan, packed: Any) -> tuple[Step, ...]:
+    """What a backend runs, with its own slots where it does not take those of the plan."""
     names = timing.names(plan.ops)
+    own = getattr(packed, "steps", None)
+    if own is None:
+        return tuple(Step(name, op) for name, op in zip(names, plan.ops, strict=True))
+    return tuple(Step(names[step.index], step.op, step.first > 0) for step in own)
+
+
+def lives(steps: Sequence[Step]) -> tuple[Life, ...]:
+    """In the order in which they are written first."""
     found: list[Life] = []
     holder: dict[int, int] = {}
-    for i, op in enumerate(plan.ops):
-        for slot in reads(op):
-            index = holder[slot]
-            found[index] = Life(found[index].name, slot, found[index].first, i)
-        target = writes(op)
-        if target is not None:
+    for i, step in enumerate(steps):
+        target = writes(step.op)
+        for slot in (*reads(step.op), *((target,) if step.goes_on and target is not None else ())):
+            found[holder[slot]] = replace(found[holder[slot]], last=i)
+        if target is not None and not step.goes_on:
             holder[target] = len(found)
-            found.append(Life(names[i], target, i, i))
+            found.append(Life(step.name, target, i, i))
     return tuple(found)
 
 
@@ -132,33 +149,31 @@ def reference_allocations(config: MemNetConfig, n: int, h: int, w: int) -> tuple
     return tuple(Allocation(a.op, a.bytes * pixels, a.live * pixels) for a in ledger.allocations)
 
 
-def memory(plan: FusedPlan, way: Way, workspace: int, n: int, h: int, w: int) -> Memory:
+def memory(config: MemNetConfig, steps: Sequence[Step], way: Way, workspace: int, n: int, h: int, w: int) -> Memory:
     """workspace: bytes that the backend asks for, for an image of this size."""
     slot = n * h * w * way.channels * way.element
-    found = lives(plan)
-    live = tuple(slot * sum(life.first <= i <= life.last for life in found) for i in range(len(plan.ops)))
-    reference = reference_allocations(plan.config, n, h, w)
-    gates = [i for i, name in enumerate(timing.names(plan.ops)) if name.startswith("gate.")]
-    joined = [i for i, a in enumerate(reference) if a.op == "cat"]
+    found = lives(steps)
+    live = tuple(slot * sum(life.first <= i <= life.last for life in found) for i in range(len(steps)))
+    reference = reference_allocations(config, n, h, w)
     concatenations = []
-    for block, (gate, at) in enumerate(zip(gates, joined, strict=True)):
+    for block, at in enumerate(i for i, a in enumerate(reference) if a.op == "cat"):
         cat, norm, relu, conv = reference[at : at + 4]
         peak = max(a.live for a in (cat, norm, relu, conv))
-        maps = plan.config.num_recursions + block + 1
-        concatenations.append(Concatenation(block, maps, cat.bytes, norm.bytes, relu.bytes, conv.bytes, peak, live[gate]))
-    return Memory(plan, found, slot, live, workspace, reference, tuple(concatenations))
+        maps = config.num_recursions + block + 1
+        ours = max(live[i] for i, step in enumerate(steps) if step.name == f"gate.{block}")
+        concatenations.append(Concatenation(block, maps, cat.bytes, norm.bytes, relu.bytes, conv.bytes, peak, ours))
+    slots = 1 + max(life.slot for life in found)
+    return Memory(tuple(steps), slots, found, slot, live, workspace, reference, tuple(concatenations))
 
 
 def slots_table(memory: Memory) -> Table:
-    """A row for each slot; a column for each operation, filled while the slot holds a map that is still read."""
-    count = len(memory.plan.ops)
-    table = Table(
-        title=f"{memory.plan.num_slots} slots of {_mib(memory.slot_bytes)}; operations 0 to {count - 1} from left to right"
-    )
+    """A row for each slot; a column for each step, filled while the slot holds a map that is still needed."""
+    count = len(memory.steps)
+    table = Table(title=f"{memory.num_slots} slots of {_mib(memory.slot_bytes)}; steps 0 to {count - 1} from left to right")
     table.add_column("slot", justify="right")
     table.add_column("in use", no_wrap=True)
     table.add_column("maps", justify="right")
-    for slot in range(memory.plan.num_slots):
+    for slot in range(memory.num_slots):
         own = [life for life in memory.lives if life.slot == slot]
         # A map begins with a mark of its own: two in a row would otherwise look like one.
         line = "".join(
@@ -193,7 +208,8 @@ def values(memory: Memory) -> dict[str, Any]:
     """As plain values."""
     return {
         "slot_bytes": memory.slot_bytes,
-        "num_slots": memory.plan.num_slots,
+        "num_slots": memory.num_slots,
+        "steps": [step.name for step in memory.steps],
         "workspace_bytes": memory.workspace,
         "peak_bytes": memory.peak,
         "live_bytes": list(memory.live),

@@ -69,11 +69,11 @@ def memory_chart(memory: Memory) -> bytes:
     for kind in dict.fromkeys(life.name.partition(".")[0] for life in memory.lives):
         above.barh(0, 0, color=_COLOURS[kind], alpha=0.7, label=f"written by {kind}")
     above.set_ylabel("slot")
-    above.set_yticks(range(memory.plan.num_slots))
+    above.set_yticks(range(memory.num_slots))
     above.invert_yaxis()
-    above.set_xlim(-1, len(memory.plan.ops))
-    above.set_xlabel("operation of the plan")
-    above.set_title(f"{memory.plan.num_slots} slots of {memory.slot_bytes / 2**20:.1f} MiB: the maps that they hold")
+    above.set_xlim(-1, len(memory.steps))
+    above.set_xlabel("step: an operation of the plan, or a part of one")
+    above.set_title(f"{memory.num_slots} slots of {memory.slot_bytes / 2**20:.1f} MiB: the maps that they hold")
     above.legend(loc="lower left", fontsize=7)
     mib = 2.0**20
     ours = [b / mib for b in memory.live]
@@ -84,7 +84,7 @@ def memory_chart(memory: Memory) -> bytes:
     below.step(places, theirs, where="post", color="tab:red", label="reference (float32): tensors alive")
     joined = [i for i, a in enumerate(memory.reference) if a.op == "cat"]
     below.plot([places[i] for i in joined], [theirs[i] for i in joined], "v", color="black", label="a concatenation")
-    below.set_xlabel("from the first operation (0) to the last (1)")
+    below.set_xlabel("from the first step (0) to the last (1)")
     below.set_ylabel("MiB")
     below.set_ylim(bottom=0)
     below.grid(True, alpha=0.3)
