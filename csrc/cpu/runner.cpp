@@ -34,7 +34,11 @@ std::vector<const Kernels *> runnable_kernels() {
 }
 
 const Kernels &choose_kernels(const std::string &isa) {
-  const std::vector<const Kernels *> found = runnable_kernels();
+  std::vector<const Kernels *> found = runnable_kernels();
+#ifdef MEMNET_AVX512_BF16
+  if (why_no_bf16().empty())
+    found.push_back(&avx512_bf16_kernels()); // behind the others: "auto" is fp32
+#endif
   std::string names;
   for (const Kernels *kernels : found) {
     if (isa == "auto" || isa == kernels->isa)
@@ -56,9 +60,11 @@ std::int64_t plus(std::int64_t a, std::int64_t b) {
   return sum;
 }
 
+std::int64_t aligned(std::int64_t bytes) { return plus(bytes, kAlignment - 1) / kAlignment * kAlignment; }
+
 struct Layout {
-  std::int64_t slot_floats;
-  std::int64_t mid_floats;
+  std::int64_t slots_bytes; // all slots
+  std::int64_t mid_bytes;
   std::int64_t scratch_floats; // per thread
   std::int64_t bytes;
 };
@@ -72,14 +78,16 @@ Layout lay_out(const Shape &shape, Algorithm algorithm, const Kernels &kernels, 
   require(threads >= 1 && threads <= kMaxThreads, "threads must be in 1..1024");
   const std::int64_t pixels = times(times(shape.n, shape.h), shape.w);
   times(times(pixels, shape.cin > shape.cout ? shape.cin : shape.cout), sizeof(float));
-  Layout layout;
-  layout.slot_floats = times(pixels, shape.cp);
+  const std::int64_t slot_values = times(pixels, shape.cp);
   // Scratch holds a few rows or blocks; once a slot's bytes fit 64 bits thousandfold, its size cannot overflow either.
-  times(layout.slot_floats, 4096);
-  layout.mid_floats = kernels.needs_mid(shape, algorithm, threads) ? layout.slot_floats : 0;
+  times(slot_values, 4096);
+  const std::int64_t slot_bytes = times(slot_values, kernels.stored_bytes);
+  Layout layout;
+  layout.slots_bytes = aligned(times(slot_bytes, shape.num_slots));
+  layout.mid_bytes = kernels.needs_mid(shape, algorithm, threads) ? aligned(slot_bytes) : 0;
   layout.scratch_floats = kernels.scratch_floats(shape, algorithm, threads);
-  const std::int64_t slots = plus(times(layout.slot_floats, shape.num_slots), layout.mid_floats);
-  layout.bytes = times(plus(slots, times(layout.scratch_floats, threads)), sizeof(float));
+  const std::int64_t scratch_bytes = times(times(layout.scratch_floats, threads), sizeof(float));
+  layout.bytes = plus(plus(layout.slots_bytes, layout.mid_bytes), scratch_bytes);
   return layout;
 }
 
@@ -139,6 +147,20 @@ std::vector<std::string> runnable_isas() {
   return names;
 }
 
+std::string why_no_bf16() {
+#if defined(MEMNET_AVX512_BF16)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+    return "";
+  return "this CPU has no AVX512-BF16";
+#elif defined(MEMNET_X86)
+  return "the compiler that built the native module knows no AVX512-BF16";
+#else
+  return "bf16 needs an x86-64 CPU with AVX512-BF16";
+#endif
+}
+
 Algorithm parse_algorithm(const std::string &name) {
   if (name == "direct")
     return Algorithm::kDirect;
@@ -172,10 +194,10 @@ void run(const Op *ops, std::size_t count, const Shape &shape, void *workspace, 
   frame.threads = threads;
   frame.image = image;
   frame.out = out;
-  frame.slots = static_cast<float *>(workspace);
-  float *behind = frame.slots + layout.slot_floats * shape.num_slots;
-  frame.mid = layout.mid_floats == 0 ? nullptr : behind;
-  frame.scratch = behind + layout.mid_floats;
+  frame.slots = workspace;
+  char *behind = static_cast<char *>(workspace) + layout.slots_bytes;
+  frame.mid = layout.mid_bytes == 0 ? nullptr : behind;
+  frame.scratch = reinterpret_cast<float *>(behind + layout.mid_bytes);
   frame.scratch_floats = layout.scratch_floats;
   for (std::size_t i = 0; i < count; ++i) {
     if (milliseconds == nullptr) {
