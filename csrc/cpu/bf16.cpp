@@ -36,7 +36,7 @@ static void run_op(const Op &op, const Frame &frame) {
 } // namespace MEMNET_ISA
 
 const Kernels &avx512_bf16_kernels() {
-  static const Kernels table = {"avx512_bf16", sizeof(MEMNET_ISA::Stored), MEMNET_ISA::scratch_floats,
+  static const Kernels table = {"avx512_bf16", MEMNET_ISA::scratch_floats,
                                 MEMNET_ISA::needs_mid, MEMNET_ISA::run_op};
   return table;
 }

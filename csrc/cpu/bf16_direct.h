@@ -5,18 +5,18 @@
 #include <omp.h>
 
 #include "bf16.h"
-#include "block.h"
+#include "direct.h"
 
 namespace memnet::MEMNET_ISA {
 
 MEMNET_INLINE i64 bf16_direct_scratch(const Shape &shape) {
-  return kBlockCols * shape.cp + patch_pixels() * shape.cp / 2;
+  return kBlockCols * shape.cp + (kBlockRows + 2) * (kBlockCols + 2) * shape.cp / 2;
 }
 
 // src, dst, skip [N, H, W, Cp]; weight [9][Cp in / 2][Cp out][2]; bias [Cp]; scale, shift [Cp] and skip as the stage
 // needs.
-template <Stage kStage, typename Src, typename Dst>
-void bf16_direct_conv(const Frame &frame, const Src *src, Dst *dst, const Dst *skip, const float *scale,
+template <Stage kStage>
+void bf16_direct_conv(const Frame &frame, const float *src, float *dst, const float *skip, const float *scale,
                       const float *shift, const bf16 *weight, const float *bias) {
   const Shape &shape = frame.shape;
   const i64 cp = shape.cp, blocks = count_blocks(shape);
@@ -47,11 +47,11 @@ void bf16_direct_conv(const Frame &frame, const Src *src, Dst *dst, const Dst *s
 }
 
 inline void bf16_direct_block(const Op &op, const Frame &frame) {
-  const Stored *src = slot_at(frame, op.src);
-  Stored *mid = mid_of(frame);
-  bf16_direct_conv<Stage::kFirst, Stored, Stored>(frame, src, mid, nullptr, floats(op.scale), floats(op.shift),
+  const float *src = slot_at(frame, op.src);
+  float *mid = frame.mid;
+  bf16_direct_conv<Stage::kFirst>(frame, src, mid, nullptr, floats(op.scale), floats(op.shift),
                                                   bf16s(op.weight_a), floats(op.bias_a));
-  bf16_direct_conv<Stage::kSecond, Stored, Stored>(frame, mid, slot_at(frame, op.dst), src, nullptr, nullptr,
+  bf16_direct_conv<Stage::kSecond>(frame, mid, slot_at(frame, op.dst), src, nullptr, nullptr,
                                                    bf16s(op.weight_b), floats(op.bias_b));
 }
 

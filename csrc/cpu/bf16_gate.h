@@ -4,7 +4,7 @@
 #include <omp.h>
 
 #include "bf16.h"
-#include "block.h"
+#include "direct.h"
 
 namespace memnet::MEMNET_ISA {
 
@@ -23,7 +23,7 @@ inline void bf16_gate(const Op &op, const Frame &frame) {
   const float *scale = floats(op.scale), *shift = floats(op.shift); // [num_src][Cp]
   const bf16 *weight = bf16s(op.weight_a);                          // [num_src][Cp in / 2][Cp out][2]
   const float *bias = floats(op.bias_a);                            // [Cp]
-  Stored *dst = slot_at(frame, op.dst);
+  float *dst = slot_at(frame, op.dst);
 #pragma omp parallel num_threads(frame.threads)
   {
     float *sums = frame.scratch + omp_get_thread_num() * frame.scratch_floats;
@@ -37,7 +37,7 @@ inline void bf16_gate(const Op &op, const Frame &frame) {
       for (i64 done = 0; done < op.num_src; done += kGateSources) {
         const i64 sources = smaller(kGateSources, op.num_src - done), k = sources * cp;
         for (i64 j = 0; j < sources; ++j) {
-          const Stored *src = slot_at(frame, srcs[done + j]) + first * cp;
+          const float *src = slot_at(frame, srcs[done + j]) + first * cp;
           const float *s = scale + (done + j) * cp, *t = shift + (done + j) * cp;
           for (i64 x = 0; x < rows; ++x)
             for (i64 c = 0; c < cp; c += kLanes)

@@ -13,7 +13,7 @@
 #include <omp.h>
 
 #include "bf16.h"
-#include "block.h"
+#include "direct.h"
 
 namespace memnet::MEMNET_ISA {
 
@@ -231,7 +231,7 @@ template <int kCp> void winograd_bands(const Op &op, const Frame &frame) {
   const Shape &shape = frame.shape;
   const Tiling t = tiling(shape, frame.threads);
   const i64 plane = shape.h * shape.w * shape.cp;
-  Stored *src = slot_at(frame, op.src), *dst = slot_at(frame, op.dst);
+  float *src = slot_at(frame, op.src), *dst = slot_at(frame, op.dst);
   const float *scale = floats(op.scale), *shift = floats(op.shift);
   const bf16 *weight_a = bf16s(op.weight_a), *weight_b = bf16s(op.weight_b);
   const float *bias_a = floats(op.bias_a), *bias_b = floats(op.bias_b);
@@ -244,7 +244,7 @@ template <int kCp> void winograd_bands(const Op &op, const Frame &frame) {
     for (i64 i = 0; i < shape.n * t.bands; ++i) {
       const i64 at = i / t.bands * plane, band = i % t.bands;
       const i64 first = t.stages * band / t.bands, last = t.stages * (band + 1) / t.bands;
-      const Rows<Stored> from{src + at, shape.h}, to{dst + at, shape.h};
+      const Rows<float> from{src + at, shape.h}, to{dst + at, shape.h};
       // The second convolution follows one stage behind: it needs the first row of the stage below it.
       for (i64 stage = first - 1; stage <= last; ++stage) {
         if (stage >= 0 && stage < t.stages)

@@ -31,44 +31,9 @@ MEMNET_INLINE Block block_at(const Shape &shape, i64 index) {
   return block;
 }
 
-// What a slot holds: MEMNET_STORED, where a translation unit defines it, or fp32.
-#ifdef MEMNET_STORED
-using Stored = MEMNET_STORED;
-#else
-using Stored = float;
-#endif
-
-MEMNET_INLINE Stored *slot_at(const Frame &frame, i64 slot) {
+MEMNET_INLINE float *slot_at(const Frame &frame, i64 slot) {
   const Shape &shape = frame.shape;
-  return static_cast<Stored *>(frame.slots) + slot * (shape.n * shape.h * shape.w * shape.cp);
-}
-
-MEMNET_INLINE Stored *mid_of(const Frame &frame) { return static_cast<Stored *>(frame.mid); }
-
-// How a convolution of a residual block begins and ends.
-enum class Stage { kFirst, kSecond }; // BN-ReLU before, bias-ReLU after; nothing before, bias and skip after
-
-MEMNET_INLINE i64 patch_pixels() { return (kBlockRows + 2) * (kBlockCols + 2); }
-
-// patch [rows + 2][cols + 2][Cp]: the block with its halo, activated, zero outside the image.
-template <Stage kStage, typename From, typename To>
-void fill_patch(const From *src, const Shape &shape, const Block &block, const float *scale, const float *shift,
-                To *patch) {
-  const i64 cp = shape.cp;
-  for (i64 y = block.y - 1; y <= block.y + block.rows; ++y)
-    for (i64 x = block.x - 1; x <= block.x + block.cols; ++x, patch += cp) {
-      const bool inside = y >= 0 && y < shape.h && x >= 0 && x < shape.w;
-      const From *pixel = src + ((block.image * shape.h + y) * shape.w + x) * cp;
-      for (i64 c = 0; c < cp; c += kLanes) {
-        vec value = zero();
-        if (inside) {
-          value = load(pixel + c);
-          if constexpr (kStage == Stage::kFirst)
-            value = relu(fma(value, load(scale + c), load(shift + c)));
-        }
-        store(patch + c, value);
-      }
-    }
+  return frame.slots + slot * (shape.n * shape.h * shape.w * shape.cp);
 }
 
 } // namespace memnet::MEMNET_ISA

@@ -8,7 +8,33 @@
 
 namespace memnet::MEMNET_ISA {
 
-MEMNET_INLINE i64 direct_scratch(const Shape &shape) { return (patch_pixels() + kBlockCols) * shape.cp; }
+// How a convolution of a residual block begins and ends.
+enum class Stage { kFirst, kSecond }; // BN-ReLU before, bias-ReLU after; nothing before, bias and skip after
+
+MEMNET_INLINE i64 direct_scratch(const Shape &shape) {
+  return ((kBlockRows + 2) * (kBlockCols + 2) + kBlockCols) * shape.cp;
+}
+
+// patch [rows + 2][cols + 2][Cp]: the block with its halo, activated, zero outside the image.
+template <Stage kStage, typename T>
+void fill_patch(const float *src, const Shape &shape, const Block &block, const float *scale, const float *shift,
+                T *patch) {
+  const i64 cp = shape.cp;
+  for (i64 y = block.y - 1; y <= block.y + block.rows; ++y)
+    for (i64 x = block.x - 1; x <= block.x + block.cols; ++x, patch += cp) {
+      const bool inside = y >= 0 && y < shape.h && x >= 0 && x < shape.w;
+      const float *pixel = src + ((block.image * shape.h + y) * shape.w + x) * cp;
+      for (i64 c = 0; c < cp; c += kLanes) {
+        vec value = zero();
+        if (inside) {
+          value = load(pixel + c);
+          if constexpr (kStage == Stage::kFirst)
+            value = relu(fma(value, load(scale + c), load(shift + c)));
+        }
+        store(patch + c, value);
+      }
+    }
+}
 
 // src, dst, skip [N, H, W, Cp]; weight [9][Cp in][Cp out]; bias [Cp]; scale, shift [Cp] and skip as the stage needs.
 template <Stage kStage>
@@ -19,7 +45,7 @@ void direct_conv(const Frame &frame, const float *src, float *dst, const float *
 #pragma omp parallel num_threads(frame.threads)
   {
     float *patch = frame.scratch + omp_get_thread_num() * frame.scratch_floats;
-    float *sums = patch + patch_pixels() * cp;
+    float *sums = patch + (kBlockRows + 2) * (kBlockCols + 2) * cp;
 #pragma omp for schedule(static)
     for (i64 index = 0; index < blocks; ++index) {
       const Block block = block_at(shape, index);
@@ -45,9 +71,9 @@ void direct_conv(const Frame &frame, const float *src, float *dst, const float *
 
 inline void direct_block(const Op &op, const Frame &frame) {
   const float *src = slot_at(frame, op.src);
-  direct_conv<Stage::kFirst>(frame, src, mid_of(frame), nullptr, floats(op.scale), floats(op.shift),
-                             floats(op.weight_a), floats(op.bias_a));
-  direct_conv<Stage::kSecond>(frame, mid_of(frame), slot_at(frame, op.dst), src, nullptr, nullptr, floats(op.weight_b),
+  direct_conv<Stage::kFirst>(frame, src, frame.mid, nullptr, floats(op.scale), floats(op.shift), floats(op.weight_a),
+                             floats(op.bias_a));
+  direct_conv<Stage::kSecond>(frame, frame.mid, slot_at(frame, op.dst), src, nullptr, nullptr, floats(op.weight_b),
                               floats(op.bias_b));
 }
 

@@ -9,7 +9,7 @@
 
 namespace memnet::MEMNET_ISA {
 
-MEMNET_INLINE i64 first_conv_scratch(const Shape &shape) { return kBlockCols * (9 * shape.cin + shape.cp); }
+MEMNET_INLINE i64 first_conv_scratch(const Shape &shape) { return kBlockCols * 9 * shape.cin; }
 
 // taps [cols][9][Cin] of one row of a block, zero outside the image.
 inline void gather_taps(const float *image, const Shape &shape, const float *scale, const float *shift, i64 y, i64 x0,
@@ -35,24 +35,21 @@ inline void first_conv(const Op &op, const Frame &frame) {
   const i64 cp = shape.cp, k = 9 * shape.cin, blocks = count_blocks(shape);
   const float *scale = floats(op.scale), *shift = floats(op.shift);     // [Cin]
   const float *weight = floats(op.weight_a), *bias = floats(op.bias_a); // [9][Cin][Cp], [Cp]
-  Stored *dst = slot_at(frame, op.dst);                                 // [N, H, W, Cp]
+  float *dst = slot_at(frame, op.dst);                                  // [N, H, W, Cp]
 #pragma omp parallel num_threads(frame.threads)
   {
-    float *sums = frame.scratch + omp_get_thread_num() * frame.scratch_floats;
-    float *taps = sums + kBlockCols * cp;
+    float *taps = frame.scratch + omp_get_thread_num() * frame.scratch_floats;
 #pragma omp for schedule(static)
     for (i64 index = 0; index < blocks; ++index) {
       const Block block = block_at(shape, index);
       const float *image = frame.image + block.image * shape.cin * shape.h * shape.w;
       for (i64 y = block.y; y < block.y + block.rows; ++y) {
         gather_taps(image, shape, scale, shift, y, block.x, block.cols, taps);
-        Stored *row = dst + ((block.image * shape.h + y) * shape.w + block.x) * cp;
+        float *row = dst + ((block.image * shape.h + y) * shape.w + block.x) * cp;
         for (i64 x = 0; x < block.cols; ++x)
           for (i64 c = 0; c < cp; c += kLanes)
-            store(sums + x * cp + c, load(bias + c));
-        matmul<true>(taps, k, weight, cp, k, sums, cp, block.cols);
-        for (i64 i = 0; i < block.cols * cp; i += kLanes)
-          store(row + i, load(sums + i));
+            store(row + x * cp + c, load(bias + c));
+        matmul<true>(taps, k, weight, cp, k, row, cp, block.cols);
       }
     }
   }

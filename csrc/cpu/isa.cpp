@@ -42,8 +42,8 @@ static void run_op(const Op &op, const Frame &frame) {
 } // namespace MEMNET_ISA
 
 const Kernels &MEMNET_TABLE(MEMNET_ISA)() {
-  static const Kernels table = {MEMNET_NAME(MEMNET_ISA), sizeof(MEMNET_ISA::Stored), MEMNET_ISA::scratch_floats,
-                                MEMNET_ISA::needs_mid, MEMNET_ISA::run_op};
+  static const Kernels table = {MEMNET_NAME(MEMNET_ISA), MEMNET_ISA::scratch_floats, MEMNET_ISA::needs_mid,
+                                MEMNET_ISA::run_op};
   return table;
 }
 

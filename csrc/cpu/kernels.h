@@ -12,15 +12,14 @@ struct Frame {
   int threads;
   const float *image;          // [N, Cin, H, W]
   float *out;                  // [N, Cout, H, W]
-  void *slots;                 // [num_slots][N, H, W, Cp], fp32 or as Kernels::stored_bytes says
-  void *mid;                   // [N, H, W, Cp] of the same, null where needs_mid says no
+  float *slots;                // [num_slots][N, H, W, Cp]
+  float *mid;                  // [N, H, W, Cp], null where needs_mid says no
   float *scratch;              // [threads][scratch_floats]
   std::int64_t scratch_floats; // per thread, a multiple of 16
 };
 
 struct Kernels {
   const char *isa;
-  std::int64_t stored_bytes; // of a value in a slot: 4 (fp32) or 2 (bf16)
   std::int64_t (*scratch_floats)(const Shape &shape, Algorithm algorithm, int threads); // per thread, a multiple of 16
   bool (*needs_mid)(const Shape &shape, Algorithm algorithm, int threads);
   void (*run_op)(const Op &op, const Frame &frame);

@@ -12,7 +12,7 @@ namespace memnet::MEMNET_ISA {
 
 constexpr int kReconstructPixels = 4; // independent sums, to hide the latency of fma
 
-MEMNET_INLINE i64 reconstruct_scratch(const Shape &shape) { return patch_pixels() * shape.cp; }
+MEMNET_INLINE i64 reconstruct_scratch(const Shape &shape) { return (kBlockRows + 2) * (kBlockCols + 2) * shape.cp; }
 
 // mixed [rows + 2 * radius][cols + 2 * radius][Cp], zero outside the image.
 inline void mix_heads(const Op &op, const Frame &frame, const Block &block, i64 radius, float *mixed) {

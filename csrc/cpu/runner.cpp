@@ -60,11 +60,9 @@ std::int64_t plus(std::int64_t a, std::int64_t b) {
   return sum;
 }
 
-std::int64_t aligned(std::int64_t bytes) { return plus(bytes, kAlignment - 1) / kAlignment * kAlignment; }
-
 struct Layout {
-  std::int64_t slots_bytes; // all slots
-  std::int64_t mid_bytes;
+  std::int64_t slot_floats;
+  std::int64_t mid_floats;
   std::int64_t scratch_floats; // per thread
   std::int64_t bytes;
 };
@@ -78,16 +76,14 @@ Layout lay_out(const Shape &shape, Algorithm algorithm, const Kernels &kernels, 
   require(threads >= 1 && threads <= kMaxThreads, "threads must be in 1..1024");
   const std::int64_t pixels = times(times(shape.n, shape.h), shape.w);
   times(times(pixels, shape.cin > shape.cout ? shape.cin : shape.cout), sizeof(float));
-  const std::int64_t slot_values = times(pixels, shape.cp);
-  // Scratch holds a few rows or blocks; once a slot's bytes fit 64 bits thousandfold, its size cannot overflow either.
-  times(slot_values, 4096);
-  const std::int64_t slot_bytes = times(slot_values, kernels.stored_bytes);
   Layout layout;
-  layout.slots_bytes = aligned(times(slot_bytes, shape.num_slots));
-  layout.mid_bytes = kernels.needs_mid(shape, algorithm, threads) ? aligned(slot_bytes) : 0;
+  layout.slot_floats = times(pixels, shape.cp);
+  // Scratch holds a few rows or blocks; once a slot's bytes fit 64 bits thousandfold, its size cannot overflow either.
+  times(layout.slot_floats, 4096);
+  layout.mid_floats = kernels.needs_mid(shape, algorithm, threads) ? layout.slot_floats : 0;
   layout.scratch_floats = kernels.scratch_floats(shape, algorithm, threads);
-  const std::int64_t scratch_bytes = times(times(layout.scratch_floats, threads), sizeof(float));
-  layout.bytes = plus(plus(layout.slots_bytes, layout.mid_bytes), scratch_bytes);
+  const std::int64_t slots = plus(times(layout.slot_floats, shape.num_slots), layout.mid_floats);
+  layout.bytes = times(plus(slots, times(layout.scratch_floats, threads)), sizeof(float));
   return layout;
 }
 
@@ -194,10 +190,10 @@ void run(const Op *ops, std::size_t count, const Shape &shape, void *workspace, 
   frame.threads = threads;
   frame.image = image;
   frame.out = out;
-  frame.slots = workspace;
-  char *behind = static_cast<char *>(workspace) + layout.slots_bytes;
-  frame.mid = layout.mid_bytes == 0 ? nullptr : behind;
-  frame.scratch = reinterpret_cast<float *>(behind + layout.mid_bytes);
+  frame.slots = static_cast<float *>(workspace);
+  float *behind = frame.slots + layout.slot_floats * shape.num_slots;
+  frame.mid = layout.mid_floats == 0 ? nullptr : behind;
+  frame.scratch = behind + layout.mid_floats;
   frame.scratch_floats = layout.scratch_floats;
   for (std::size_t i = 0; i < count; ++i) {
     if (milliseconds == nullptr) {

@@ -302,13 +302,13 @@ template <int kCp> void winograd_bands(const Op &op, const Frame &frame) {
 #pragma omp for schedule(static)
       for (i64 i = 0; i < shape.n * t.stages; ++i) {
         const i64 at = i / t.stages * plane;
-        winograd_stage<Stage::kFirst, kCp>(shape, t, i % t.stages, {src + at, shape.h}, {mid_of(frame) + at, shape.h},
-                                           {}, scale, shift, weight_a, bias_a, scratch);
+        winograd_stage<Stage::kFirst, kCp>(shape, t, i % t.stages, {src + at, shape.h}, {frame.mid + at, shape.h}, {},
+                                           scale, shift, weight_a, bias_a, scratch);
       }
 #pragma omp for schedule(static)
       for (i64 i = 0; i < shape.n * t.stages; ++i) {
         const i64 at = i / t.stages * plane;
-        winograd_stage<Stage::kSecond, kCp>(shape, t, i % t.stages, {mid_of(frame) + at, shape.h}, {dst + at, shape.h},
+        winograd_stage<Stage::kSecond, kCp>(shape, t, i % t.stages, {frame.mid + at, shape.h}, {dst + at, shape.h},
                                             {src + at, shape.h}, nullptr, nullptr, weight_b, bias_b, scratch);
       }
     } else {
