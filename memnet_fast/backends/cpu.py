@@ -2,6 +2,10 @@
 
 algorithm "winograd" computes the 3x3 convolutions of residual blocks as F(6x6, 3x3); "direct" sums nine taps in a fixed
 order: slower, smaller error, exact on integers, and bit-equal between tiles and the whole image.
+
+precision "bf16" needs AVX512-BF16. With algorithm "direct" it rounds exactly where the backend "torch" does, which is the
+specification: operands after BN-ReLU, and one store for each operation. With "winograd", F(3x3, 3x3), what is rounded instead
+of operands and weights is what becomes of them in the transforms: an error of its own, about a fifth larger over a network.
 """
 
 from __future__ import annotations
@@ -24,10 +28,18 @@ from memnet_fast.config import MemNetConfig
 from memnet_fast.plan import FirstConv, FusedPlan, Gate, Reconstruct, ResidualBlock
 from memnet_fast.timing import Timing, of_native
 
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "bf16")
 ALGORITHMS = ("winograd", "direct")
 
+_BF16_ISA = "avx512_bf16"
 _KIND = {FirstConv: 0, ResidualBlock: 1, Gate: 2, Reconstruct: 3}
+# How the weights of 3x3 convolutions and of gates are laid out: (in bf16, algorithm) -> functions.
+_PACKERS = {
+    (False, "winograd"): (packing.pack_winograd, packing.pack_gate),
+    (False, "direct"): (packing.pack_direct, packing.pack_gate),
+    (True, "winograd"): (packing.pack_bf16_winograd, packing.pack_bf16_gate),
+    (True, "direct"): (packing.pack_bf16_direct, packing.pack_bf16_gate),
+}
 _log = logging.getLogger("memnet_fast")
 _forked = False
 
@@ -45,11 +57,23 @@ def why_not(config: MemNetConfig, device: torch.device, precision: str, algorith
     if device.type != "cpu":
         return f"it runs on the CPU, the network is on {device}"
     if precision not in PRECISIONS:
-        return f"it computes in fp32 only, not {precision}"
+        return f"it computes in fp32 or bf16, not {precision}"
     if algorithm not in ALGORITHMS:
         return f"algorithm '{algorithm}' is not among {', '.join(ALGORITHMS)}"
     missing = native.why_missing()
-    return f"the native module is missing ({missing})" if missing else None
+    if missing:
+        return f"the native module is missing ({missing})"
+    if precision == "bf16":
+        return why_no_bf16()
+    return f"MEMNET_ISA asks for {_BF16_ISA}, which computes in bf16" if os.environ.get("MEMNET_ISA") == _BF16_ISA else None
+
+
+def why_no_bf16() -> str | None:
+    """Why precision "bf16" cannot run on this CPU, if it cannot; the native module must be there."""
+    wanted = os.environ.get("MEMNET_ISA") or _BF16_ISA
+    if wanted != _BF16_ISA:
+        return f"MEMNET_ISA asks for {wanted}, which has no bf16 products"
+    return native.module().why_no_bf16() or None
 
 
 def forked() -> bool:
@@ -74,8 +98,8 @@ def _cgroup_cpus() -> int:
 
 
 def pack(plan: FusedPlan, device: torch.device, precision: str, algorithm: str) -> CpuPacked:
-    """isa: the best one that this CPU has, unless MEMNET_ISA names another."""
-    isa = os.environ.get("MEMNET_ISA") or native.module().isas()[0]
+    """isa: the best one that this CPU has for this precision, unless MEMNET_ISA names another."""
+    isa = os.environ.get("MEMNET_ISA") or (_BF16_ISA if precision == "bf16" else native.module().isas()[0])
     return CpuPacked(plan, algorithm, isa, compact=precision == "fp32")
 
 
@@ -112,7 +136,7 @@ class CpuPacked:
     def _fill(self, record: Any, step: Step) -> None:
         op, cp = step.op, self.padded_channels
         record["kind"] = _KIND[type(op)]
-        conv3x3 = packing.pack_winograd if self.algorithm == "winograd" else packing.pack_direct
+        conv3x3, pack_gate = _PACKERS[self.isa == _BF16_ISA, self.algorithm]
         match op:
             case FirstConv():
                 record["dst"] = op.dst
@@ -137,7 +161,7 @@ class CpuPacked:
                 self._point(record, "scale", op.scale, lambda v: packing.pad_channels(v, cp))
                 self._point(record, "shift", op.shift, lambda v: packing.pad_channels(v, cp))
                 sources = self.plan.weights[op.scale].shape[0]
-                self._point(record, "weight_a", op.weight, lambda w: packing.pack_gate(w, sources, cp))
+                self._point(record, "weight_a", op.weight, lambda w: pack_gate(w, sources, cp))
                 self._point(record, "bias_a", op.bias, lambda v: packing.pad_channels(v, cp))
                 record["accumulate"] = step.first > 0
                 for key, floats in (("scale", cp), ("shift", cp), ("weight_a", cp * cp)):
