@@ -46,7 +46,7 @@ def _require_fp8(reference: MemNet, backend: str) -> None:
     if not error <= limit:
         raise BackendUnavailable(
             backend,
-            f"on a test image fp8 is wrong by {error:.1%} of what this network changes, more than {limit:.0%}: its scales follow "
+            f"fp8 is wrong by {error:.1%} of what this network changes about a test image (limit {limit:.0%}): scales follow "
             "from the running statistics, and these do not describe the network; load its weights before fuse(), or take fp16",
         )
 
