@@ -19,8 +19,9 @@ from torch import Tensor
 
 from benchmarks.gpu import ceilings, facts, store
 from benchmarks.gpu.cases import SIZES, OpCase, op_cases, op_truth
-from benchmarks.gpu.timing import Clock, CudaClock, HostClock, Variant, measure
+from benchmarks.gpu.timing import Variant, measure
 from memnet_fast import backends
+from memnet_fast.bench.clocks import Clock, CudaClock, HostClock
 from memnet_fast.config import MemNetConfig
 from memnet_fast.plan import Gate, Reconstruct, ResidualBlock
 
