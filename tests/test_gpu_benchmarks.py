@@ -190,7 +190,7 @@ def test_candidates_can_be_named(case):
 def test_operations_pass_their_gate_and_faults_do_not(precision, monkeypatch):
     for index, op in enumerate(cases.op_cases()):
         placed = ops.PlacedOp(op, "torch", precision, None, 17, 18, CPU)
-        right, limit = placed.check()["relative"], ops._UNITS * ops._UNIT[precision]
+        right, limit = placed.check()["relative"], ops.limit(precision)
         assert right <= limit, op.name
         with monkeypatch.context() as patch:
             patch.setattr(type(placed._packed), "run", lambda self, image, out, work: None)
@@ -205,7 +205,7 @@ def test_a_lost_tap_is_refused():
     packed = torch_backend.pack(type(plan)(plan.config, plan.ops, {**plan.weights, "a": weight}, plan.num_slots), CPU, "bf16")
     placed = ops.PlacedOp(block, "torch", "bf16", None, 17, 18, CPU)
     placed._packed = packed
-    assert placed.check()["relative"] > 10 * ops._UNITS * ops._UNIT["bf16"]
+    assert placed.check()["relative"] > 10 * ops.limit("bf16")
 
 
 def test_costs_of_the_operations():

@@ -20,7 +20,7 @@ from memnet_fast.bench.peers import Variant
 from memnet_fast.bench.process import Process, VariantFailed
 from memnet_fast.reference import MemNet
 
-_WARM_RUNS = 2
+_WARM_RUNS = 1  # the gate ran both already
 
 
 @dataclass
@@ -79,15 +79,15 @@ def session(net: MemNet, variants: Sequence[Variant], **options: Any) -> Iterato
 
 
 class Case:
-    """Images of one shape with their truth, and the gate."""
+    """Images of one shape with their truth, and the gate. name: of its files, where a session has two cases at once."""
 
-    def __init__(self, session: Session, shape: tuple[int, int, int]) -> None:
+    def __init__(self, session: Session, shape: tuple[int, int, int], name: str = "image") -> None:
         self._session, self.shape = session, shape
         session.tell("restoring the images in float64")
         self._truth = truth.NetworkCase(session.net, shape, torch.device(session.device), thrifty=session.device == "cpu")
         self._files = []
         for i, content in enumerate(self._truth.contents):
-            self._files.append(session.folder / f"image{i}.npy")
+            self._files.append(session.folder / f"{name}{i}.npy")
             np.save(self._files[-1], content.cpu().numpy())
 
     def check(self, process: Process, variant: Variant, seconds: float = 600.0) -> dict[str, float]:
@@ -163,7 +163,7 @@ def forward(
             if why := session.why_not(variant):
                 add(variant, why)
                 continue
-            session.tell(f"{size}: {variant.name}")
+            session.tell(f"{size}: {variant.name}, in turns with {subject.name}")
             with session.start(variant, shape) as second:
                 row = case.gated(second, variant)
                 if row["status"] == "ok":

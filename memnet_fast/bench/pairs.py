@@ -17,7 +17,7 @@ from memnet_fast.bench.clocks import quantiles
 
 # A ratio is known well enough when the interval that holds its median with 95 % is narrower than this part of it.
 GOAL = 0.02
-_LEAST_ROUNDS, _MOST_ROUNDS = 6, 400
+_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 400
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
@@ -67,12 +67,9 @@ def take_turns(
     other: Callable[[], float],
     seconds: float,
     goal: float = GOAL,
-    least: int = _LEAST_ROUNDS,
     now: Callable[[], float] = time.monotonic,
 ) -> tuple[Pairs, bool]:
-    """Rounds until the ratio is known well enough, or for about `seconds`, but at least `least` rounds; and which it was (True:
-    known well enough).
-    """
+    """Rounds until the ratio is known well enough (True), or for about `seconds`, but at least three (False)."""
     pairs, start = Pairs(), now()
     while len(pairs.other) < _MOST_ROUNDS:
         if len(pairs.other) % 2 == 0:
@@ -83,9 +80,8 @@ def take_turns(
             a = subject()
         pairs.subject.append(a)
         pairs.other.append(b)
-        if len(pairs.other) >= least:
-            if pairs.spread() <= goal:
-                return pairs, True
-            if now() - start >= seconds:
-                return pairs, False
+        if pairs.spread() <= goal:
+            return pairs, True
+        if len(pairs.other) >= _FEWEST_ROUNDS and now() - start >= seconds:
+            return pairs, False
     return pairs, pairs.spread() <= goal
