@@ -46,7 +46,9 @@ def commit(revision: str) -> str:
 
 @contextmanager
 def built(name: str, native: bool = True) -> Iterator[Path]:
-    """The package of a commit, built, as a folder to import it from. Worktree and build vanish afterwards. Raises MemNetError."""
+    """The package of a commit, built, as a folder to import it from; worktree and build vanish afterwards. Raises MemNetError,
+    also where the native module was wanted and could not be built.
+    """
     with tempfile.TemporaryDirectory(prefix="memnet-compare-") as folder:
         tree, library = Path(folder) / "tree", Path(folder) / "lib"
         done = _git("worktree", "add", "--detach", "--quiet", str(tree), name)
@@ -59,10 +61,13 @@ def built(name: str, native: bool = True) -> Iterator[Path]:
             done = subprocess.run([*command, "--build-lib", str(library)], cwd=tree, env=env, capture_output=True, text=True)
             if done.returncode:
                 raise MemNetError(f"{name[:10]} cannot be built: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+            # Without this check an editable install of the environment would lend its own module.
+            if native and not list((library / "memnet_fast").glob("_native.*")):
+                info = json.loads((library / "memnet_fast" / "_build_info.json").read_text())
+                raise MemNetError(f"the native module of {name[:10]} cannot be built: {info.get('reason')}")
             yield library
         finally:
             _git("worktree", "remove", "--force", str(tree))
-            _git("worktree", "prune")
 
 
 def compare(
@@ -167,7 +172,7 @@ def _run(options: argparse.Namespace) -> int:
         rows = compare(session, packages, sizes, options.seconds, own)
     _show(names, rows)
     if options.json:
-        about = {**facts.about(), "model": options.model, "threads": options.threads, "revisions": dict(zip(names, commits))}
+        about = {**facts.about(), "model": options.model, "threads": options.threads, "revisions": commits}
         write_whole(options.json, (json.dumps({"about": about, "rows": rows}, indent=1) + "\n").encode())
     return 0 if all(r["status"] == "ok" for r in rows) else 3
 

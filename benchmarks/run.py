@@ -7,8 +7,8 @@
     ops       single operations (pytest-benchmark)
 
 Results go to benchmarks/results/<device>/<suite>-...-<date>.json; nothing is overwritten. `python -m benchmarks.report` makes
-the README's tables and the plots of the newest. --seconds is the time for rounds, of all sizes together: starting the engines and
-computing the truth come on top, some ten seconds for each engine and size. Every file holds the command that made it.
+the README's tables and the plots from the newest. --seconds is the time for rounds, of all sizes together; starting the engines
+and computing the truth come on top, some ten seconds for each engine and size. Every file holds the command that made it.
 """
 
 from __future__ import annotations

@@ -86,10 +86,10 @@ def bench(ctx: click.Context, json_file: str | None, quiet: bool, verbose: bool,
 
 def _require_folder(path: Path) -> None:
     """Now, and not after two minutes."""
-    from memnet_fast.errors import OutputError
+    from memnet_fast.errors import InputError
 
     if path.is_dir() or not path.parent.is_dir():
-        raise OutputError(f"cannot write {path}: {'it is a folder' if path.is_dir() else f'there is no folder {path.parent}'}")
+        raise InputError(f"cannot write {path}: {'it is a folder' if path.is_dir() else f'there is no folder {path.parent}'}")
 
 
 def _device(name: str) -> str:
