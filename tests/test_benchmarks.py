@@ -11,11 +11,13 @@ import pytest
 import torch
 from support import networks
 
-from benchmarks import compare, report, run, scaling
+from benchmarks import compare, pipeline, report, run, scaling
 from benchmarks.networks import network
 from memnet_fast.bench import facts, measure, peers
 from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import InputError
+from memnet_fast.restore import images
+from memnet_fast.weights import save_weights
 
 ROOT = Path(__file__).parents[1]
 TINY = MemNetConfig(channels=8, num_memory_blocks=1, num_recursions=1)
@@ -327,3 +329,24 @@ def test_packages_are_compared(tmp_path):
         assert row["status"] == "ok" and row["ratio"] > 0 and row["rounds"] >= 3 and row["peak_mib_2"] > 10
         (row,) = compare.compare(session, [there, here], {"9x8": (1, 9, 8)}, 0.5, own)
         assert row["status"] == "refused" and "there" in row["reason"] and "ratio" not in row
+
+
+# The pipeline -------------------------------------------------------------------------------------------------------
+
+
+def test_the_pipeline_is_timed_beside_the_network_on_its_own_planes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_weights(networks.build(networks.SMALL), tmp_path / "weights.safetensors")
+    (tmp_path / "work").mkdir()
+    seen = []
+    original = pipeline.network_seconds
+    monkeypatch.setattr(pipeline, "network_seconds", lambda net, planes: (seen.append(planes), original(net, planes))[1])
+    result = pipeline.measure(tmp_path / "work", 11, 0.2, str(tmp_path / "weights.safetensors"), 2)
+    assert len(result["ratios"]) == 2 and min(result["seconds_network_alone"]) > 0 and result["stages"]["encode"]["seconds"] > 0
+    names = sorted(path.name for path in (tmp_path / "work" / "in").iterdir())
+    assert len({name.partition(".")[2] for name in names}) == 4 and len(seen) == 4
+    expected = [images.read_image(tmp_path / "work" / "in" / name).pixels.shape[:2] for name in names]
+    shapes = sorted(plane.shape[1:] for planes in seen[:2] for plane in planes)
+    assert shapes == sorted(expected), "both halves together are the planes of the folder, once"
+    assert result["megapixels"] == pytest.approx(sum(h * w for h, w in expected) / 1e6)
+    drawn = [w * h / 1e6 for w, h, *_ in pipeline._KINDS]
+    assert min(drawn) >= 0.02 and max(drawn) < 0.31

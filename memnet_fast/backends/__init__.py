@@ -13,7 +13,6 @@ and `choose` is the one ladder that picks among them.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Protocol
@@ -25,6 +24,7 @@ from torch import device as Device
 from memnet_fast.backends import cpu, cuda, torch, triton
 from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import BackendUnavailable, InputError
+from memnet_fast.parameters import Parameters
 
 LADDER: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "torch": torch}
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp8")
@@ -44,8 +44,8 @@ class Packed(Protocol):
 class Live(Protocol):
     """A network whose weights are packed in each call, from the parameters that the call brings."""
 
-    def bind(self, state: Sequence[Tensor]) -> Packed:
-        """state: the tensors named by `names`, in that order, as they are now; nothing is copied or read yet."""
+    def bind(self, parameters: Parameters) -> Packed:
+        """parameters: the tensors named by `names`, in that order, as they are now; nothing is copied or read yet."""
 
 
 @dataclass(frozen=True)

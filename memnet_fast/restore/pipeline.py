@@ -170,14 +170,16 @@ class _Run:
     ) -> None:
         self._job, self._encoding, self._reading = job, encoding, reading
         self._decoders, self._journal, self._report = decoders, journal, report
-        counts = (threads.load, threads.proc * len(restorers), threads.save)
+        feeding = threads.of_devices(len(restorers))
+        counts = (threads.load, sum(feeding), threads.save)
         report.stages = {name: Stage(count) for name, count in zip(STAGES, counts, strict=True)}
         self._pools = {name: ThreadPoolExecutor(count, f"memnet-{name}") for name, count in zip(STAGES, counts, strict=True)}
         self._active = dict.fromkeys(STAGES, 0)
         self._events: SimpleQueue[_Event] = SimpleQueue()
         self._free: SimpleQueue[Restorer] = SimpleQueue()
-        for restorer in [r for r in restorers for _ in range(threads.proc)]:
-            self._free.put(restorer)
+        for restorer, of_it in zip(restorers, feeding, strict=True):
+            for _ in range(of_it):
+                self._free.put(restorer)
         self._group_pixels = PIXELS_PER_PASS // restorers[0].scale ** 2
         self._halt = threading.Event()
         self._gate = threading.Condition()
