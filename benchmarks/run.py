@@ -8,7 +8,8 @@
 
 Results go to benchmarks/results/<device>/<suite>-...-<date>.json; nothing is overwritten. `python -m benchmarks.report` makes
 the README's tables and the plots from the newest. --seconds is the time for rounds, of all sizes together; starting the engines
-and computing the truth come on top, some ten seconds for each engine and size. Every file holds the command that made it.
+and computing the truth (kept in build/benchmarks/) come on top, some ten seconds for each engine and size. Every file holds the
+command that made it.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ from benchmarks.gpu import store
 from benchmarks.networks import network
 from memnet_fast.backends import PRECISIONS
 from memnet_fast.bench import facts, measure
-from memnet_fast.bench.peers import Variant, own_variants, peer_variants
+from memnet_fast.bench.peers import Variant, own_variants, peer_variants, select
 from memnet_fast.bench.sizes import parse_sizes
 from memnet_fast.errors import MemNetError
 from memnet_fast.reference import MemNet
 
+# Files for engines and results in float64: what does not change from run to run, and takes minutes.
+_KEPT = Path(__file__).parents[1] / "build" / "benchmarks"
 _SUITES = ("forward", "memory", "threads", "pixels", "ops")
 _SIZES = {"forward": "256,512,16x64x64", "memory": "256,512", "threads": "256", "pixels": "256,512,1024,2048", "ops": "256"}
 
@@ -55,15 +58,7 @@ def chosen(net: MemNet, device: str, suite: str, precision: str, peers: str | No
     else:
         own = [v for v in own if backends == "all" or (v.own and v.own[0] in backends.split(","))]
     default = "all" if suite in ("forward", "memory") else "none"
-    parts = [p.strip().lower() for p in (default if peers is None else peers).split(",")]
-    if parts == ["none"]:
-        others = []
-    elif parts == ["fast"]:
-        others = [v for v in others if not v.slow]
-    elif parts != ["all"]:
-        if lost := [p for p in parts if all(p not in v.name.lower() for v in others)]:
-            raise MemNetError(f"no peer is called '{lost[0]}'; there are {', '.join(v.name for v in others)}")
-        others = [v for v in others if any(p in v.name.lower() for p in parts)]
+    others = select(others, default if peers is None else peers)
     return [subject, *(v for v in own if v != subject), *others]
 
 
@@ -140,7 +135,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         net = network(options.model)
         variants = chosen(net, options.device, options.suite, options.precision, options.peers, options.backends)
         rows = []
-        how: dict[str, Any] = {"threads": options.threads, "device": options.device, "isa": options.isa}
+        how: dict[str, Any] = {"threads": options.threads, "device": options.device, "isa": options.isa, "cache": _KEPT}
         with measure.session(
             net, variants, tell=lambda text: print(f"... {text}", file=sys.stderr, flush=True), **how
         ) as session:

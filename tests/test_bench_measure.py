@@ -9,11 +9,13 @@ import pytest
 import torch
 from support import faults, networks
 
+from memnet_fast.bench import kept as kept_module
 from memnet_fast.bench import measure, peers, truth
 from memnet_fast.bench.peers import Variant
 from memnet_fast.bench.process import Process, VariantFailed
 from memnet_fast.bench.worker import TorchRunner
 from memnet_fast.config import MemNetConfig
+from memnet_fast.errors import InputError
 
 CPU = torch.device("cpu")
 TINY = MemNetConfig(channels=8, num_memory_blocks=1, num_recursions=1)
@@ -217,3 +219,37 @@ def test_processes_that_hang_are_left(tmp_path):
         with pytest.raises(VariantFailed, match="no answer to 'time' within 1 seconds"):
             process.ask("time", seconds=1.0)
         process._process.kill()  # close() would wait for it
+
+
+# What is kept --------------------------------------------------------------------------------------------------------
+
+
+def test_the_truth_is_kept_for_its_network_only(net, tmp_path, monkeypatch):
+    shape = (1, 12, 14)
+    first = truth.NetworkCase(net, shape, CPU, thrifty=True, cache=tmp_path)
+    (kept,) = tmp_path.iterdir()
+    monkeypatch.setattr(truth.NetworkCase, "_truth", lambda *a: pytest.fail("it was there already"))
+    again = truth.NetworkCase(net, shape, CPU, thrifty=True, cache=tmp_path)
+    assert again.errors(net) == first.errors(net) and truth.verdict(again.errors(lambda x: x), truth.limits("bf16"))
+    monkeypatch.undo()
+    other = networks.build(TINY, seed=1)
+    case = truth.NetworkCase(other, shape, CPU, thrifty=True, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2 and truth.verdict(case.errors(other), truth.limits("fp32")) is None
+    assert truth.verdict(case.errors(net), truth.limits("fp32")) is not None
+    monkeypatch.setattr(kept_module.Path, "read_bytes", lambda path: b"other sources")
+    assert kept_module.Kept(tmp_path, net).get("truth", [truth], lambda: b"made") == b"made"
+
+
+def test_selection_of_peers():
+    variants = peers.peer_variants("cpu")
+
+    def names(text):
+        return [v.name for v in peers.select(variants, text)]
+
+    assert names("all") == [v.name for v in variants] and names("none") == []
+    assert names("eager channels_last") == ["eager channels_last"] and names("NCNN") == ["ncnn"]
+    assert names("openvino latency,onnx") == ["ONNX Runtime", "OpenVINO latency"]
+    assert len(names("openvino")) == 4 and not any("compile" in n for n in names("fast"))
+    for text in ("", "ncnn,", "tensorflow"):
+        with pytest.raises(InputError, match="no peer"):
+            peers.select(variants, text)

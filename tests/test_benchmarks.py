@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import networks
 
-from benchmarks import compare, pipeline, report, run, scaling
+from benchmarks import compare, pipeline, repeatability, report, run, scaling
 from benchmarks.networks import network
 from memnet_fast.bench import facts, measure, peers
 from memnet_fast.config import MemNetConfig
@@ -278,6 +278,26 @@ def test_readme_links_exist() -> None:
         path = target[0] or target[1]
         if "://" not in path:
             assert (ROOT / path).exists(), path
+
+
+# Two runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_repeatability(tmp_path, capsys):
+    runs = [
+        {"rows": [row("a", 1.0, 2.0), row("b", 1.0, 3.0), {"size": "256x256", "variant": "wrong", "status": "refused"}]},
+        {"rows": [row("b", 2.0, 3.3), row("a", 2.0, 2.04)]},
+    ]
+    names = [str(tmp_path / f"{i}.json") for i in range(2)]
+    for name, data in zip(names, runs, strict=True):
+        Path(name).write_text(json.dumps(data))
+    assert repeatability.main(names) == 1 and "10.0 %" in capsys.readouterr().out
+    found = repeatability.differences(*runs)
+    assert found["256x256", "a"][2] == pytest.approx(0.02) and len(found) == 2
+    assert repeatability.main([names[0], names[0]]) == 0
+    Path(names[1]).write_text("{}")
+    assert repeatability.main(names) == 2 and repeatability.main([]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 2
 
 
 # Two revisions -------------------------------------------------------------------------------------------------------

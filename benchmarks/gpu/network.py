@@ -141,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = torch.device(options.device, 0 if options.device == "cuda" else None)
     torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # "eager fp32" means float32
     clock: Clock = CudaClock(device) if device.type == "cuda" else HostClock()
     net = mf.create_model("memnet_m6r6.denoise")
     only = options.only.split(",") if options.only else None

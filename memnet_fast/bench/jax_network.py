@@ -78,3 +78,7 @@ class JaxRunner:
 
     def result(self) -> np.ndarray:
         return np.ascontiguousarray(np.asarray(self._result).transpose(0, 3, 1, 2))
+
+    def device_peak_mib(self) -> float | None:
+        found = self._place.memory_stats() if self._place.platform == "gpu" else None
+        return found["peak_bytes_in_use"] / 2**20 if found else None

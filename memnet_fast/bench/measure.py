@@ -27,7 +27,8 @@ _WARM_RUNS = 1  # the gate ran both already
 class Session:
     """A network, a folder with everything its variants need, and how they are run.
 
-    isa: "native" or "avx2", which asks everybody to leave AVX-512 alone. tell: is told what happens, in words.
+    isa: "native" or "avx2", which asks everybody to leave AVX-512 alone. cache: keeps from run to run what
+    does not change. tell: is told what happens, in words.
     """
 
     net: MemNet
@@ -36,6 +37,7 @@ class Session:
     threads: int
     device: str = "cpu"
     isa: str = "native"
+    cache: Path | None = None
     tell: Callable[[str], None] = lambda text: None
     unprepared: dict[str, str] = field(default_factory=dict)
 
@@ -74,7 +76,7 @@ def session(net: MemNet, variants: Sequence[Variant], **options: Any) -> Iterato
     with tempfile.TemporaryDirectory(prefix="memnet-bench-") as name:
         made = Session(net, Path(name), list(variants), **options)
         made.tell("preparing the network for every engine")
-        made.unprepared = peers.prepare(net, made.folder, made.variants)
+        made.unprepared = peers.prepare(net, made.folder, made.variants, made.cache)
         yield made
 
 
@@ -84,7 +86,8 @@ class Case:
     def __init__(self, session: Session, shape: tuple[int, int, int], name: str = "image") -> None:
         self._session, self.shape = session, shape
         session.tell("restoring the images in float64")
-        self._truth = truth.NetworkCase(session.net, shape, torch.device(session.device), thrifty=session.device == "cpu")
+        device = torch.device(session.device)
+        self._truth = truth.NetworkCase(session.net, shape, device, thrifty=device.type == "cpu", cache=session.cache)
         self._files = []
         for i, content in enumerate(self._truth.contents):
             self._files.append(session.folder / f"{name}{i}.npy")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from memnet_fast.bench.kept import Kept
     from memnet_fast.bench.worker import Runner
     from memnet_fast.reference import MemNet
 
@@ -37,6 +38,7 @@ AVX2 = {
     "OV_CPU_MAX_ISA": "AVX2",
     "ATEN_CPU_CAPABILITY": "avx2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
 }
 INSTALL = "pip install memnet_fast[bench]"
 _JAX = "pip install jax, or for an NVIDIA GPU jax[cuda13]"
@@ -98,7 +100,7 @@ _CPU_PEERS: tuple[Variant, ...] = (
     Variant("OpenVINO latency", "fp32", **_OPENVINO),
     Variant("OpenVINO throughput", "fp32", **_OPENVINO, note="several images in flight; time for one"),
     Variant("ncnn", "fp32", needs=("ncnn",), files=("ncnn",), masks=False),
-    Variant("JAX", "fp32", needs=("jax",), install=_JAX, slow=True, masks=False),
+    Variant("JAX", "fp32", needs=("jax",), install=_JAX, slow=True),
     Variant("eager bf16 channels_last", "bf16"),
     Variant("autocast bf16 channels_last", "bf16"),
     Variant("torch.compile freezing bf16", "bf16", slow=True),
@@ -115,30 +117,63 @@ def peer_variants(device: str) -> list[Variant]:
     from memnet_fast.bench.gpu_peers import GPU_PEERS
 
     found = [Variant(name, peer.precision, slow=peer.slow, environment={}) for name, peer in GPU_PEERS.items()]
-    return [*found, Variant("JAX fp16", "fp16", needs=("jax",), install=_JAX, environment={}, slow=True)]
+    # It would take most of the memory of the GPU at once, which the subject shares.
+    some = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    return [*found, Variant("JAX fp16", "fp16", needs=("jax",), install=_JAX, environment=some, slow=True)]
 
 
-def prepare(net: MemNet, folder: Path, variants: list[Variant]) -> dict[str, str]:
-    """Writes the weights, and the files that the variants read. Returns, by kind of file, why one could not be made."""
+def select(variants: list[Variant], text: str) -> list[Variant]:
+    """Of these, all, fast (those that do not start slowly), none, or those that a list names: by their name, or by a part of
+    it where no name is meant exactly. Raises InputError for a word that names nothing.
+    """
+    from memnet_fast.errors import InputError
+
+    if text in ("all", "none"):
+        return variants if text == "all" else []
+    if text == "fast":
+        return [v for v in variants if not v.slow]
+    found: set[str] = set()
+    for word in (part.strip().lower() for part in text.split(",")):
+        names = [v.name for v in variants if v.name.lower() == word] or [
+            v.name for v in variants if word and word in v.name.lower()
+        ]
+        if not names:
+            raise InputError(f"no peer is called '{word}'; there are {'; '.join(v.name for v in variants)}")
+        found.update(names)
+    return [v for v in variants if v.name in found]
+
+
+def prepare(net: MemNet, folder: Path, variants: list[Variant], cache: Path | None = None) -> dict[str, str]:
+    """Writes the weights, and the files that the variants read. Returns, by kind of file, why one could not be made.
+
+    cache: a folder that keeps the ONNX file, which takes long, from run to run.
+    """
+    from memnet_fast.bench.kept import Kept
     from memnet_fast.weights import save_weights
+
+    kept = Kept(cache, net)
 
     save_weights(net, folder / "weights.safetensors")
     failed = {}
     for kind in sorted({kind for v in variants if not v.missing() for kind in v.files}):
         try:
-            _FILES[kind](net, folder)
+            _FILES[kind](net, folder, kept)
         except Exception as error:  # the other engines do not need it
             failed[kind] = f"the {kind} file could not be made: {type(error).__name__}: {' '.join(str(error).split())}"[:300]
     return failed
 
 
-def _write_onnx(net: MemNet, folder: Path) -> None:
-    from memnet_fast.export import export_onnx
+def _write_onnx(net: MemNet, folder: Path, kept: Kept) -> None:
+    from memnet_fast import export
 
-    export_onnx(net, folder / "model.onnx")
+    def make() -> bytes:
+        export.export_onnx(net, folder / "model.onnx")
+        return (folder / "model.onnx").read_bytes()
+
+    (folder / "model.onnx").write_bytes(kept.get("onnx", [export], make))
 
 
-def _write_ncnn(net: MemNet, folder: Path) -> None:
+def _write_ncnn(net: MemNet, folder: Path, kept: Kept) -> None:
     from memnet_fast.bench.ncnn_model import write
     from memnet_fast.plan import lower
 
@@ -147,7 +182,7 @@ def _write_ncnn(net: MemNet, folder: Path) -> None:
     (folder / "model.bin").write_bytes(data)
 
 
-_FILES: dict[str, Callable[[MemNet, Path], None]] = {"onnx": _write_onnx, "ncnn": _write_ncnn}
+_FILES: dict[str, Callable[[MemNet, Path, Kept], None]] = {"onnx": _write_onnx, "ncnn": _write_ncnn}
 
 
 # In the process of a variant -----------------------------------------------------------------------------------------
@@ -183,6 +218,7 @@ def _plain(settings: dict[str, Any], name: str, device: str) -> Runner:
     shape, channels = tuple(settings["shape"]), net.config.in_channels
     if device != "cpu":
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means float32
         n, h, w = shape
         image = torch.zeros((n, channels, h, w), device=device)
         with torch.inference_mode():
@@ -223,9 +259,14 @@ def plain_on_cpu(net: MemNet, name: str) -> Callable[[Any], Any]:
     return cast
 
 
-class _OnnxRuntime:
+class _OnCpu:
     in_flight, device = 1, "cpu"
 
+    def device_peak_mib(self) -> None:
+        return None
+
+
+class _OnnxRuntime(_OnCpu):
     def __init__(self, settings: dict[str, Any]) -> None:
         import onnxruntime
 
@@ -248,12 +289,10 @@ class _OnnxRuntime:
         return self._result
 
 
-class _OpenVino:
+class _OpenVino(_OnCpu):
     """latency: one image at a time on all threads. throughput: as many images in flight as OpenVINO finds best; images of a
     batch one by one, a single image several times.
     """
-
-    device = "cpu"
 
     def __init__(self, settings: dict[str, Any], throughput: bool, bf16: bool) -> None:
         import openvino
@@ -298,10 +337,8 @@ class _OpenVino:
         return self._result
 
 
-class _Ncnn:
+class _Ncnn(_OnCpu):
     """It takes one image at a time."""
-
-    in_flight, device = 1, "cpu"
 
     def __init__(self, settings: dict[str, Any], bf16: bool) -> None:
         import ncnn

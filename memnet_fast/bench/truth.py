@@ -7,14 +7,18 @@ has an oracle. Two different images pass through the same memory, which a cache 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load, save
 from torch import Tensor
 
 from memnet_fast import degrade
+from memnet_fast.bench.kept import Kept
 from memnet_fast.reference import MemNet
 
 # Limits of the error, as root mean square over that of the residual: 12 units in the last place of the operands (fp32: right
@@ -81,6 +85,7 @@ class NetworkCase:
     """A network, an image [N, C, H, W] in one place of memory, and the truth about two contents of that place.
 
     thrifty: for a CPU, where float64 costs seconds: fewer windows of the first content, and of the second only one.
+    cache: a folder that keeps the truth from run to run.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class NetworkCase:
         device: torch.device,
         seed: int = 0,
         thrifty: bool = False,
+        cache: Path | None = None,
     ) -> None:
         n, h, w = shape
         self.net = copy.deepcopy(net).to(device).eval().requires_grad_(False)
@@ -103,10 +109,17 @@ class NetworkCase:
         else:
             self._windows = [windows(n, h, w)] * 2
         double = copy.deepcopy(self.net).double()
-        with torch.inference_mode():
-            self._truths = [
-                [self._truth(double, x, window) for window in own] for x, own in zip(self.contents, self._windows, strict=True)
-            ]
+
+        def truths() -> bytes:
+            with torch.inference_mode():
+                found = [self._truth(double, x, at) for x, own in zip(self.contents, self._windows, strict=True) for at in own]
+            return save({str(i): t.contiguous() for i, t in enumerate(found)})
+
+        name = f"truth-{n}x{h}x{w}-{seed}-{device.type}-{'few' if thrifty else 'many'}"
+        kept = load(Kept(cache, net).get(name, [sys.modules[__name__], degrade], truths))
+        flat = [kept[str(i)].to(device) for i in range(len(kept))]
+        first = len(self._windows[0])
+        self._truths = [flat[:first], flat[first:]]
 
     @staticmethod
     def _truth(net: MemNet, x: Tensor, at: Window) -> Tensor:

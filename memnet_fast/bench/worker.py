@@ -36,6 +36,9 @@ class Runner(Protocol):
     def result(self) -> np.ndarray:
         """[N, C, H, W] float32 of the last run."""
 
+    def device_peak_mib(self) -> float | None:
+        """What it held at most of a device's own memory; None on a CPU."""
+
 
 class TorchRunner:
     """function: Tensor [N, C, H, W] float32 on the device -> Tensor."""
@@ -63,6 +66,11 @@ class TorchRunner:
 
     def result(self) -> np.ndarray:
         return self._result.float().cpu().contiguous().numpy()
+
+    def device_peak_mib(self) -> float | None:
+        import torch
+
+        return torch.cuda.max_memory_reserved() / 2**20 if self.device.startswith("cuda") else None
 
 
 def own(settings: dict[str, Any]) -> TorchRunner:
@@ -123,15 +131,10 @@ class _Server:
                 ms = self._clock(self._runner.run) / self._runner.in_flight
                 return {"ms": ms, "cpu_s": time.process_time() - cpu, "in_flight": self._runner.in_flight}
             case "memory":
-                return {"peak_mib": _peak_mib(), "before_mib": self._before, **self._device_memory()}
+                device = self._runner.device_peak_mib()
+                found = {"peak_mib": _peak_mib(), "before_mib": self._before}
+                return found if device is None else {**found, "device_peak_mib": device}
         raise ValueError(f"unknown request {request['do']!r}")
-
-    def _device_memory(self) -> dict[str, float]:
-        if not self._runner.device.startswith("cuda"):
-            return {}
-        import torch
-
-        return {"device_peak_mib": torch.cuda.max_memory_reserved() / 2**20}
 
 
 def _host_milliseconds(run: Any) -> float:

@@ -121,8 +121,8 @@ def _chosen(net: MemNet, device: str, backends: str, peers: str, precision: str)
     import torch
 
     from memnet_fast.backends import LADDER, PRECISIONS
-    from memnet_fast.bench.peers import own_variants, peer_variants
-    from memnet_fast.errors import BackendUnavailable, InputError
+    from memnet_fast.bench.peers import own_variants, peer_variants, select
+    from memnet_fast.errors import BackendUnavailable
 
     wanted = _names("precision", precision, PRECISIONS, all_of=PRECISIONS)
     wanted = wanted or (("fp32",) if device == "cpu" else ("fp16", "fp32"))
@@ -138,17 +138,7 @@ def _chosen(net: MemNet, device: str, backends: str, peers: str, precision: str)
         own = [next(v for v in own if v.precision == p) for p in wanted if any(v.precision == p for v in own)]
     if not own:
         raise BackendUnavailable(backends, f"nothing runs on {device} in {', '.join(wanted)}")
-    others = [v for v in peer_variants(device) if v.precision in wanted]
-    if peers == "none":
-        return own
-    if peers == "fast":
-        others = [v for v in others if not v.slow]
-    elif peers != "all":
-        parts = [p.strip().lower() for p in peers.split(",") if p.strip()]
-        if lost := [p for p in parts if all(p not in v.name.lower() for v in others)]:
-            raise InputError(f"no peer is called '{lost[0]}'; there are {', '.join(v.name for v in others)}")
-        others = [v for v in others if any(p in v.name.lower() for p in parts)]
-    return own + others
+    return own + select([v for v in peer_variants(device) if v.precision in wanted], peers)
 
 
 def _names(what: str, text: str, known: tuple[str, ...], all_of: tuple[str, ...]) -> tuple[str, ...]:
