@@ -18,6 +18,7 @@ from memnet_fast.backends.cuda_graphs import Replays, capturing
 from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import DeviceOOM, InputError
 from memnet_fast.memory import empty, empty_to_keep, short_memory
+from memnet_fast.parameters import Followed, Values
 from memnet_fast.plan import lower_state
 from memnet_fast.reference import MemNet
 
@@ -67,7 +68,8 @@ class Engine:
         self.request = (values["backend"], values["precision"], values["algorithm"])
         self.lock = threading.RLock()
         self.replays = Replays()
-        self._seen: Tensor | None = None
+        self._parameters = Followed()
+        self._seen: Values | None = None
         self._seen_at: list[tuple[int, int]] = []
         self._packed: tuple[backends.Choice, backends.Packed] | None = None
         self._live: dict[torch.device, tuple[backends.Choice, backends.Live | None]] = {}
@@ -84,12 +86,11 @@ class Engine:
             # torch's own parallel loops would wait for ever, too, for a thread pool that did not survive the fork.
             torch.set_num_threads(1)
         with self.lock:
-            device = state[0].device
-            if any(t.device != device for t in state):
-                raise InputError("the parameters of the network lie on several devices; move it to one")
+            parameters = self._parameters.of(state)
+            device = parameters.device
             choice, live = self._of_device(device)
             if live is not None:
-                return choice, live.bind(state)
+                return choice, live.bind(parameters)
             if capturing(device):
                 if self._packed is None or self._seen_at != _fingerprint(state):
                     raise InputError(
@@ -97,15 +98,13 @@ class Engine:
                         "call the network once before the capture"
                     )
                 return self._packed
-            flat = torch.cat([t.detach().reshape(-1) for t in state])
-            bits = flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[flat.element_size()])
-            seen = self._seen
-            same = seen is not None and seen.dtype == bits.dtype and seen.device == device and torch.equal(seen, bits)
-            if not same or self._packed is None:
-                plan = lower_state(self.config, dict(zip(state_names(self.config), state, strict=True)), self.eps)
+            if self._packed is None or self._seen is None or not self._seen.are_in(parameters):
+                # First the values: what another thread changes from here on is noticed at the next call.
+                seen = Values(parameters)
+                plan = lower_state(self.config, dict(zip(state_names(self.config), parameters.tensors, strict=True)), self.eps)
                 module = backends.LADDER[choice.backend]
                 self._packed = choice, module.pack(plan, device, choice.precision, choice.algorithm)
-                self._seen = bits
+                self._seen = seen
             self._seen_at = _fingerprint(state) if device.type == "cuda" else []
             return self._packed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from memnet_fast import backends, engine, ops
 from memnet_fast.errors import InputError
 from memnet_fast.plan import batch_norm_eps, require_plain, require_structure
 from memnet_fast.reference import MemNet, check_input
+from memnet_fast.watch import Watch
 
 INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -34,6 +35,26 @@ def fuse(net: nn.Module, backend: str = "auto", precision: str = "auto", algorit
     if not isinstance(net, MemNet):
         raise InputError(f"only a MemNet can be fused, not {type(net).__name__}")
     return FusedMemNet(net, backend, precision, algorithm)
+
+
+# What intercepts operators (a tracer, torch.func, a dispatch mode, fake tensors) adds a key of its own to these.
+_NOTHING_INTERCEPTS = frozenset(
+    keys.raw_repr()
+    for keys in (
+        torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect),  # in inference mode
+        torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).add(torch._C.DispatchKey.ADInplaceOrView),
+    )
+)
+
+
+def _is_plain_call(x: Tensor) -> bool:
+    """Whether nobody would notice that an operator on x is not called as an operator."""
+    return (
+        type(x) is Tensor
+        and torch._C._dispatch_tls_local_include_set().raw_repr() in _NOTHING_INTERCEPTS
+        and not torch._is_functional_tensor(x)
+        and not torch.autograd._profiler_enabled()
+    )
 
 
 def _has_tangent(x: Tensor) -> bool:
@@ -66,7 +87,9 @@ class FusedMemNet(nn.Module):
 
     def _attach(self) -> None:
         owner = uuid.uuid4().hex
-        self._spec = engine.make_spec(self.config, batch_norm_eps(self.reference), *self._request, owner)
+        self._attached_to = self.config, batch_norm_eps(self.reference)
+        self._spec = engine.make_spec(*self._attached_to, *self._request, owner)
+        self._watch: Watch | None = None
         # Kept, because torch.compile cannot trace how they are found.
         self._names = engine.state_names(self.config)
         weakref.finalize(self, engine.forget, self._spec)
@@ -110,12 +133,39 @@ class FusedMemNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.reference.first.conv.weight
         check_input(x, self.config, INPUT_DTYPES, weight.device)
-        require_plain(self.reference)
-        if any(m.training for m in self.modules()) or (x.requires_grad and torch.is_grad_enabled()) or _has_tangent(x):
+        compiling = torch.compiler.is_compiling()
+        state: Sequence[Tensor]
+        if compiling:
+            require_plain(self.reference)
+            trained, state = any(m.training for m in self.modules()), self._state()
+        else:
+            trained, state = self._look()
+        if trained or (x.requires_grad and torch.is_grad_enabled()) or _has_tangent(x):
             return self.reference(x.to(weight.dtype)).to(x.dtype)
         if x.shape[0] == 0 or x.device.type == "meta":
             return x.new_empty((x.shape[0], self.config.out_channels, *x.shape[2:]))
-        return ops.forward(x.detach(), self._state(), self._spec)
+        if compiling:
+            return ops.forward(x.detach(), state, self._spec)
+        if not _is_plain_call(x):
+            return ops.forward(x.detach(), [t.detach() for t in state], self._spec)
+        # The operator in this case does nothing but this, and takes a tenth of a millisecond for its hundreds of arguments.
+        return engine.engine(self._spec).run(x.detach(), state)
+
+    def _look(self) -> tuple[bool, Sequence[Tensor]]:
+        """Whether a layer is in training mode, and the tensors that the next call computes with."""
+        net, watch = self.reference, self._watch
+        state = watch.state() if watch is not None and watch.net is net else None
+        if watch is None or state is None:
+            watch = Watch(net, engine.state_names(net.config))
+            state = watch.tensors
+            if self._attached_to != (net.config, watch.eps):
+                engine.forget(self._spec)
+                self._attach()
+            self._watch = watch
+        disturbed = watch.disturbed()
+        if disturbed:
+            require_plain(net)
+        return self.training or disturbed, state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As nn.Module's; a call in another thread sees all of the old weights or all of the new ones."""
@@ -128,7 +178,7 @@ class FusedMemNet(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, or the other side of a pickle, is a network of its own with an engine of its own.
-        return {k: v for k, v in self.__dict__.items() if k != "_spec"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_spec", "_watch")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

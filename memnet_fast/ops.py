@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def _forward(x: Tensor, state: list[Tensor], spec: str) -> Tensor:
 _library.impl("forward", _forward, "CompositeExplicitAutograd")
 
 
-def forward(x: Tensor, state: list[Tensor], spec: str) -> Tensor:
+def forward(x: Tensor, state: Sequence[Tensor], spec: str) -> Tensor:
     """x [N, C_in, H, W] -> [N, C_out, H, W], contiguous; state: the tensors of `engine.state_names`; spec: `engine.make_spec`.
 
     Inference only: it has no derivative.

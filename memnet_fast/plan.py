@@ -118,7 +118,8 @@ class FusedPlan:
 
 def batch_norm_eps(reference: MemNet) -> dict[str, float]:
     """The eps of every batch normalisation by module name."""
-    return {name: m.eps for name, m in reference.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    modules = reference.named_modules(remove_duplicate=False)
+    return {name: m.eps for name, m in modules if isinstance(m, nn.BatchNorm2d)}
 
 
 def lower(reference: MemNet) -> FusedPlan:
@@ -147,7 +148,8 @@ def require_structure(reference: MemNet) -> None:
     """Raises InputError if a submodule is not the one that the configuration builds (replaced, quantised, other stride)."""
     with torch.device("meta"):
         expected = dict(MemNet(reference.config).named_modules())
-    actual = dict(reference.named_modules())
+    # One module in two places has two names.
+    actual = dict(reference.named_modules(remove_duplicate=False))
     for name in expected.keys() | actual.keys():
         a, b = actual.get(name), expected.get(name)
         same = type(a) is type(b)

@@ -18,9 +18,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     no_gpu = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
     slow = pytest.mark.skip(reason="slow; asked for by -m slow")
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        # Not item.keywords, which hold the names of all folders above, too.
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
-        elif "slow" in item.keywords and "slow" not in (config.option.markexpr or ""):
+        elif item.get_closest_marker("slow") and "slow" not in (config.option.markexpr or ""):
             item.add_marker(slow)
 
 

@@ -22,6 +22,7 @@ from memnet_fast import engine
 from memnet_fast.backends import cuda, cuda_graphs, cuda_tables
 from memnet_fast.backends import torch as reference
 from memnet_fast.layouts import wgmma
+from memnet_fast.parameters import Parameters
 from memnet_fast.plan import Gate, Recipe, ResidualBlock, State, lower, outline
 
 pytestmark = pytest.mark.skipif(cuda_twin.why_not() is not None, reason=cuda_twin.why_not() or "")
@@ -95,7 +96,8 @@ def test_fp8_weights_are_those_of_the_reference(twin, live):
     plan, drawn = lower(net), outline(net.config)
     names, eps = engine.state_names(net.config), mf.plan.batch_norm_eps(net)
     if live:
-        bound = cuda.live(net.config, eps, names, CPU, "fp8", "direct").bind([net.state_dict()[n] for n in names])
+        parameters = Parameters.of([net.state_dict()[n] for n in names])
+        bound = cuda.live(net.config, eps, names, CPU, "fp8", "direct").bind(parameters)
         tables = cuda_tables.build(drawn.ops, drawn.recipes, names, eps, "fp8", True, False)
     else:
         recipes = {k: Recipe(tuple(v.shape), (State(k),)) for k, v in plan.weights.items()}
@@ -125,7 +127,7 @@ def test_the_device_packs_what_the_tables_say(twin, dtype):
     net = networks.build(networks.VARIANTS["shared_head_bn"]).to(dtype)
     names, eps, drawn = engine.state_names(net.config), mf.plan.batch_norm_eps(net), outline(net.config)
     state = [net.state_dict()[n] for n in names]
-    bound = cuda.live(net.config, eps, names, CPU, "fp16", "direct").bind(state)
+    bound = cuda.live(net.config, eps, names, CPU, "fp16", "direct").bind(Parameters.of(state))
     x = networks.image(1, net.config.in_channels, 3, 5)
     out, memory = _run(bound, drawn, x)
     tables = cuda_tables.build(drawn.ops, drawn.recipes, names, eps, "fp16", True, False)

@@ -22,6 +22,7 @@ from memnet_fast.backends import cuda, cuda_tables
 from memnet_fast.backends.torch import round_operand
 from memnet_fast.config import PRESETS
 from memnet_fast.layouts import CHANNELS, mma, wgmma
+from memnet_fast.parameters import Parameters
 from memnet_fast.plan import FirstConv, Gate, Reconstruct, ResidualBlock, lower, outline
 
 CUDA = torch.device("cuda", 0)
@@ -330,24 +331,29 @@ def test_a_backend_that_packs_on_the_host_under_capture(monkeypatch):
             runner.packed(fast._state())
 
 
+def _bound(tensors):
+    return cuda.Bound.of(None, torch.device("cpu"), Parameters.of(tensors))
+
+
 def test_parameters_that_cannot_be_read():
     good = torch.ones(3)
     with pytest.raises(mf.InputError, match="several devices"):
-        cuda.Parameters.of([good, torch.ones(3, device="meta")], torch.device("cpu"))
+        _bound([good, torch.ones(3, device="meta")])
+    with pytest.raises(mf.InputError, match="on meta, not on cpu"):
+        _bound([torch.ones(3, device="meta")])
     with pytest.raises(mf.InputError, match="dtype torch.int32"):
-        cuda.Parameters.of([good, torch.ones(3, dtype=torch.int32)], torch.device("cpu"))
+        _bound([good, torch.ones(3, dtype=torch.int32)])
 
 
 def test_parameters_are_read_where_they_lie():
     plain = torch.randn(4, 6, 3, 3)
     strided = plain.to(memory_format=torch.channels_last)
     negative = torch._neg_view(plain)
-    device = torch.device("cpu")
-    known = cuda.Parameters.of([plain, plain.half(), plain.bfloat16(), plain.double()], device)
-    assert known.addresses[0] == plain.data_ptr() and known.types.tolist() == [1, 2, 3, 0]
-    assert cuda.Parameters.of([plain], device).in_place
+    known = _bound([plain, plain.half(), plain.bfloat16(), plain.double()])
+    assert known.parameters.addresses[0] == plain.data_ptr() and known.types.tolist() == [1, 2, 3, 0]
+    assert known.parameters.in_place
     for odd in (strided, negative):
-        copied = cuda.Parameters.of([plain, odd], device)
+        copied = _bound([plain, odd]).parameters
         assert not copied.in_place and copied.tensors[1].is_contiguous() and not copied.tensors[1].is_neg()
         assert copied.addresses[1] == copied.tensors[1].data_ptr() and torch.equal(copied.tensors[1], odd)
 

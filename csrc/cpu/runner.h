@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "../plan.h"
+#include "kernels.h"
 
 namespace memnet {
 
@@ -22,8 +22,11 @@ Algorithm parse_algorithm(const std::string &name);
 std::int64_t workspace_bytes(const Shape &shape, Algorithm algorithm, const std::string &isa, int threads);
 
 // Runs ops[0..count). image [N, Cin, H, W], out [N, Cout, H, W] fp32. Throws std::invalid_argument before anything is
-// written. With milliseconds [count], also times each operation.
+// written. times: null, or zeros [count][threads + 1] to be filled: each operation as a whole, then in each thread.
 void run(const Op *ops, std::size_t count, const Shape &shape, void *workspace, std::int64_t bytes, const float *image,
-         float *out, Algorithm algorithm, const std::string &isa, int threads, double *milliseconds);
+         float *out, Algorithm algorithm, const std::string &isa, int threads, Times *times);
+
+// FLOP per second of fused multiply-adds that wait for nothing, measured for about `seconds`. Throws as run does.
+double multiply_add_rate(const std::string &isa, int threads, double seconds);
 
 } // namespace memnet

@@ -25,6 +25,8 @@ from torch import device as Device
 from memnet_fast.backends import cpu, cuda, torch, triton
 from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import BackendUnavailable, InputError
+from memnet_fast.parameters import Parameters
+from memnet_fast.timing import Timing
 
 LADDER: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "torch": torch}
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp8")
@@ -40,12 +42,16 @@ class Packed(Protocol):
     def run(self, image: Tensor, out: Tensor, workspace: Tensor) -> None:
         """image [N, C_in, H, W] -> out [N, C_out, H, W], both contiguous float32; workspace: uint8, 64-byte aligned."""
 
+    def run_timed(self, image: Tensor, out: Tensor, workspace: Tensor, names: Sequence[str]) -> Timing:
+        """As `run`, but waits for the result, and says when each operation of the plan ran. names: of the operations, for
+        tools that look on (`timing.names`)."""
+
 
 class Live(Protocol):
     """A network whose weights are packed in each call, from the parameters that the call brings."""
 
-    def bind(self, state: Sequence[Tensor]) -> Packed:
-        """state: the tensors named by `names`, in that order, as they are now; nothing is copied or read yet."""
+    def bind(self, parameters: Parameters) -> Packed:
+        """parameters: the tensors named by `names`, in that order, as they are now; nothing is copied or read yet."""
 
 
 @dataclass(frozen=True)

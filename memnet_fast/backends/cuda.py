@@ -24,7 +24,9 @@ from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import InputError
 from memnet_fast.layouts import CHANNELS
 from memnet_fast.memory import short_memory
+from memnet_fast.parameters import Parameters
 from memnet_fast.plan import FusedPlan, Op, Recipe, State, outline
+from memnet_fast.timing import Timing, of_timeline
 
 PRECISIONS = ("fp16", "bf16", "fp8")
 ALGORITHMS = ("direct",)
@@ -61,34 +63,6 @@ def why_not(config: MemNetConfig, device: torch.device, precision: str, algorith
     return reason
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """The tensors that a call reads, as the native module takes them. in_place: they are the caller's own, not copies made for
-    one call."""
-
-    tensors: tuple[Tensor, ...]
-    addresses: np.ndarray  # [P] uint64
-    types: np.ndarray  # [P] uint8
-    in_place: bool
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor], device: torch.device) -> Parameters:
-        # Hundreds of tensors in every call: nothing is done for each of them that can be done for all.
-        if any(t.device != device for t in tensors):
-            raise InputError("the parameters of the network lie on several devices; move it to one")
-        try:
-            types = np.array([_SOURCE_TYPE[t.dtype] for t in tensors], np.uint8)
-        except KeyError as error:
-            raise InputError(f"the network has parameters of dtype {error.args[0]}; convert it with .float()") from None
-        in_place = all(t.is_contiguous() and not t.is_neg() for t in tensors)
-        plain = tuple(tensors)
-        if not in_place:
-            with short_memory("parameters", device):
-                plain = tuple(t.detach().resolve_neg().contiguous() for t in tensors)
-        addresses = np.array([t.data_ptr() for t in plain], np.uint64)
-        return cls(plain, addresses, types, in_place)
-
-
 @dataclass(frozen=True, eq=False)
 class Bound:
     """A network with the parameters of one call."""
@@ -96,15 +70,37 @@ class Bound:
     native: Any
     device: torch.device
     parameters: Parameters
+    types: np.ndarray  # [P] uint8, of the parameters
+
+    @classmethod
+    def of(cls, native: Any, device: torch.device, parameters: Parameters) -> Bound:
+        """Raises InputError for a parameter on another device or of a dtype that the native module does not read."""
+        if parameters.device != device:
+            raise InputError(f"the parameters of the network lie on {parameters.device}, not on {device}; move it")
+        try:
+            types = np.array([_SOURCE_TYPE[dtype] for dtype in parameters.dtypes], np.uint8)
+        except KeyError as error:
+            raise InputError(f"the network has parameters of dtype {error.args[0]}; convert it with .float()") from None
+        return cls(native, device, parameters, types)
 
     def workspace_bytes(self, n: int, h: int, w: int) -> int:
         return self.native.workspace_bytes(n, h, w)
 
     def run(self, image: Tensor, out: Tensor, workspace: Tensor) -> None:
         """Enqueues everything on the current stream of the device."""
+        self._run(image, out, workspace, None)
+
+    def run_timed(self, image: Tensor, out: Tensor, workspace: Tensor, names: Sequence[str]) -> Timing:
+        """Each kernel as it ran on the device, those that pack the weights too. The event between two kernels keeps the next
+        one from starting early."""
+        timeline = native_cuda.module().Timeline(list(names))
+        self._run(image, out, workspace, timeline)
+        return of_timeline(timeline.rows())
+
+    def _run(self, image: Tensor, out: Tensor, workspace: Tensor, timeline: Any) -> None:
         with torch.cuda.device(self.device), short_memory("kernels", self.device):
             stream = torch.cuda.current_stream(self.device).cuda_stream
-            self.native.run(self.device.index or 0, stream, *self._arguments(image, out, workspace))
+            self.native.run(self.device.index or 0, stream, *self._arguments(image, out, workspace), timeline)
 
     def capture(self, image: Tensor, out: Tensor, workspace: Tensor) -> Any:
         """The same as a graph, with launch(stream). Whoever keeps it keeps the tensors, and the parameters where they are."""
@@ -114,19 +110,24 @@ class Bound:
     def _arguments(self, image: Tensor, out: Tensor, workspace: Tensor) -> tuple[Any, ...]:
         n, _, h, w = image.shape
         memory = workspace.data_ptr(), workspace.numel(), image.data_ptr(), out.data_ptr()
-        return self.parameters.addresses, self.parameters.types, *memory, n, h, w
+        return self.parameters.addresses, self.types, *memory, n, h, w
 
 
-@dataclass(frozen=True)
 class Live:
     """A network whose parameters come with each call."""
 
-    native: Any
-    device: torch.device
+    def __init__(self, native: Any, device: torch.device) -> None:
+        self.native, self.device = native, device
+        self._last: Bound | None = None
 
-    def bind(self, state: Sequence[Tensor]) -> Bound:
-        """state: the tensors named by `names` of `live`, in that order. Raises InputError where they lie elsewhere."""
-        return Bound(self.native, self.device, Parameters.of(state, self.device))
+    def bind(self, parameters: Parameters) -> Bound:
+        """parameters: the tensors named by `names` of `live`, in that order. Raises InputError as `Bound.of`."""
+        last = self._last
+        if last is None or last.parameters is not parameters:
+            last = Bound.of(self.native, self.device, parameters)
+            # A copy made for one call is not kept.
+            self._last = last if parameters.in_place else None
+        return last
 
 
 def live(
@@ -198,7 +199,7 @@ class CudaPacked:
         native = _native_plan(plan.config, plan.ops, recipes, list(recipes), {}, plan.num_slots, self.precision, hopper)
         with short_memory("weights", self.device):
             weights = [weight.to(self.device) for weight in plan.weights.values()]
-        return Bound(native, self.device, Parameters.of(weights, self.device))
+        return Bound.of(native, self.device, Parameters.of(weights))
 
     def workspace_bytes(self, n: int, h: int, w: int) -> int:
         """Every slot [N, H, W, 64] of two bytes, in order, and behind them the packed weights."""
@@ -206,6 +207,9 @@ class CudaPacked:
 
     def run(self, image: Tensor, out: Tensor, workspace: Tensor) -> None:
         self._bound.run(image, out, workspace)
+
+    def run_timed(self, image: Tensor, out: Tensor, workspace: Tensor, names: Sequence[str]) -> Timing:
+        return self._bound.run_timed(image, out, workspace, names)
 
 
 def _indexed(device: torch.device) -> torch.device:

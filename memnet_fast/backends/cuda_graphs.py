@@ -68,7 +68,7 @@ class Replays:
             return None
         stream = torch.cuda.current_stream(x.device).cuda_stream
         key = (x.device, stream, n, h, w)
-        parameters = bound.parameters.addresses.tobytes() + bound.parameters.types.tobytes()
+        parameters = bound.parameters.addresses.tobytes() + bound.types.tobytes()
         entry = self._entries.get(key)
         if entry is None or entry.parameters != parameters:
             self._entries.pop(key, None)

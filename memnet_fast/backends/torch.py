@@ -10,6 +10,7 @@ becomes 448, the weights so that the largest of each output channel does; what i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from memnet_fast.config import MemNetConfig
 from memnet_fast.plan import FirstConv, FusedPlan, Gate, Reconstruct, ResidualBlock
+from memnet_fast.timing import Stopwatch, Timing
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp8")
 ALGORITHMS = ("direct",)
@@ -152,19 +154,29 @@ class TorchPacked:
         # One image at a time, whatever n is.
         return self.plan.num_slots * self.plan.config.channels * h * w * _STORE[self.precision].itemsize
 
-    @torch.no_grad()
     def run(self, image: Tensor, out: Tensor, workspace: Tensor) -> None:
+        self._run(image, out, workspace, None)
+
+    def run_timed(self, image: Tensor, out: Tensor, workspace: Tensor, names: Sequence[str]) -> Timing:
+        with Stopwatch(image.device, names) as watch:
+            self._run(image, out, workspace, watch)
+        return watch.timing()
+
+    @torch.no_grad()
+    def _run(self, image: Tensor, out: Tensor, workspace: Tensor, watch: Stopwatch | None) -> None:
         c, h, w = self.plan.config.channels, *image.shape[2:]
         size = self.workspace_bytes(1, h, w)
         slots = workspace[:size].view(_STORE[self.precision]).view(self.plan.num_slots, 1, h, w, c).permute(0, 1, 4, 2, 3)
         with torch.autocast(image.device.type, enabled=False):
             for i in range(image.shape[0]):
-                self._run_one(image[i : i + 1], out[i : i + 1], slots)
+                self._run_one(image[i : i + 1], out[i : i + 1], slots, watch)
 
-    def _run_one(self, image: Tensor, out: Tensor, slots: Tensor) -> None:
+    def _run_one(self, image: Tensor, out: Tensor, slots: Tensor, watch: Stopwatch | None) -> None:
         weights, compute = self.weights, next(iter(self.weights.values())).dtype
         image = image.to(compute)
-        for op in self.plan.ops:
+        for i, op in enumerate(self.plan.ops):
+            if watch is not None:
+                watch.begin(i)
             match op:
                 case FirstConv():
                     x = _bn_relu(image, weights[op.scale], weights[op.shift])
