@@ -23,12 +23,11 @@ from memnet_fast.restore import Restorer
 WHY_NOT = native.why_missing() or cpu.why_no_bf16()
 needs_bf16 = pytest.mark.skipif(WHY_NOT is not None, reason=f"no bf16 on this CPU: {WHY_NOT}")
 
-# Winograd's errors as multiples of those of the policy-matched reference (total, worst line, largest): measured at most 1.29,
-# 1.39 and 1.45 over the networks of this file.
-RATIOS = (1.6, 2.0, 2.4)
-# Largest error of an element of a residual block before its store, in units of the RMS of what the block adds: measured at most
-# RMS 4.4e-3 and largest 3.3e-2.
-LIMIT_RMS, LIMIT_MAX = 7e-3, 5e-2
+# Winograd's errors as multiples of those of the policy-matched reference (total, worst line, largest): measured at most 1.30,
+# 1.28 and 1.80 over the networks of this file.
+RATIOS = (1.6, 1.7, 2.4)
+# Error of a residual block in units of the RMS of what the block adds: measured at most 1.0e-2 (RMS) and 4.2e-2 (largest).
+LIMIT_RMS, LIMIT_MAX = 1.5e-2, 6.5e-2
 
 
 def candidate(algorithm: str) -> Candidate:

@@ -54,10 +54,10 @@ void bf16_direct_conv(const Frame &frame, const float *src, float *dst, const fl
 inline void bf16_direct_block(const Op &op, const Frame &frame) {
   const float *src = slot_at(frame, op.src);
   float *mid = frame.mid;
-  bf16_direct_conv<Stage::kFirst>(frame, src, mid, nullptr, floats(op.scale), floats(op.shift),
-                                                  bf16s(op.weight_a), floats(op.bias_a));
-  bf16_direct_conv<Stage::kSecond>(frame, mid, slot_at(frame, op.dst), src, nullptr, nullptr,
-                                                   bf16s(op.weight_b), floats(op.bias_b));
+  bf16_direct_conv<Stage::kFirst>(frame, src, mid, nullptr, floats(op.scale), floats(op.shift), bf16s(op.weight_a),
+                                  floats(op.bias_a));
+  bf16_direct_conv<Stage::kSecond>(frame, mid, slot_at(frame, op.dst), src, nullptr, nullptr, bf16s(op.weight_b),
+                                   floats(op.bias_b));
 }
 
 } // namespace memnet::MEMNET_ISA

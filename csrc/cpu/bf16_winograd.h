@@ -252,9 +252,11 @@ template <int kCp> void winograd_bands(const Op &op, const Frame &frame) {
       // The second convolution follows one stage behind: it needs the first row of the stage below it.
       for (i64 stage = first - 1; stage <= last; ++stage) {
         if (stage >= 0 && stage < t.stages)
-          winograd_stage<Stage::kFirst, kCp>(shape, t, stage, from, mid, {}, scale, shift, weight_a, bias_a, scratch, laps);
+          winograd_stage<Stage::kFirst, kCp>(shape, t, stage, from, mid, {}, scale, shift, weight_a, bias_a, scratch,
+                                             laps);
         if (stage - 1 >= first)
-          winograd_stage<Stage::kSecond, kCp>(shape, t, stage - 1, mid, to, from, nullptr, nullptr, weight_b, bias_b, scratch, laps);
+          winograd_stage<Stage::kSecond, kCp>(shape, t, stage - 1, mid, to, from, nullptr, nullptr, weight_b, bias_b,
+                                              scratch, laps);
       }
     }
     laps.end_of(kWait);

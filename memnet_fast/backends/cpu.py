@@ -89,12 +89,16 @@ def num_threads() -> int:
 
 
 def _cgroup_cpus() -> int:
-    """CPUs that the control group grants, rounded up; a large number where there is no limit."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return math.ceil(int(quota) / int(period))
-    except (OSError, ValueError):
-        return 1 << 20
+    """CPUs that the control group (version 2 or 1) grants, rounded up; a large number where there is no limit."""
+    group = Path("/sys/fs/cgroup")
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = (int(word) for name in names for word in (group / name).read_text().split())
+        except (OSError, ValueError):  # absent, or "max"
+            continue
+        if quota > 0 and period > 0:
+            return math.ceil(quota / period)
+    return 1 << 20
 
 
 def pack(plan: FusedPlan, device: torch.device, precision: str, algorithm: str) -> CpuPacked:
