@@ -1,8 +1,8 @@
 """Lays weights out as the native kernels read them (the shapes stand in ``csrc/plan.h``).
 
 Every function takes float64 arrays, computes in float64, rounds to float32 (and from there to bf16 where it says so), pads
-channels with zeros up to ``cp``, and returns a contiguous array whose data begin at a multiple of 64 bytes, so that no vector
-load crosses a cache line.
+channels with zeros up to ``cp``, and returns a contiguous array whose data begin at a multiple of 64 bytes, so that no
+vector load crosses a cache line.
 """
 
 import functools

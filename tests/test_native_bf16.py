@@ -1,4 +1,4 @@
-"""Precision "bf16" of the CPU backend: the specification's rounding without Winograd, limits of its own with it."""
+"""Precision "bf16" of the CPU backend: the specification's operands without Winograd, limits of its own with it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ import memnet_fast as mf
 from memnet_fast import native, packing
 from memnet_fast.backends import cpu
 from memnet_fast.config import PRESETS, MemNetConfig
-from memnet_fast.plan import FusedPlan, Gate, ResidualBlock, lower
+from memnet_fast.plan import FusedPlan, Gate, ResidualBlock
 from memnet_fast.restore import Restorer
 
 WHY_NOT = native.why_missing() or cpu.why_no_bf16()
 needs_bf16 = pytest.mark.skipif(WHY_NOT is not None, reason=f"no bf16 on this CPU: {WHY_NOT}")
 
-# Winograd's errors as multiples of those of the policy-matched reference (total, worst line, largest): measured at most 1.29,
-# 1.39 and 1.45 over the networks of this file.
-RATIOS = (1.6, 2.0, 2.4)
-# Largest error of an element of a residual block before its store, in units of the RMS of what the block adds: measured at most
-# RMS 4.4e-3 and largest 3.3e-2.
-LIMIT_RMS, LIMIT_MAX = 7e-3, 5e-2
+# Winograd's errors as multiples of those of the policy-matched reference (total, worst line, largest): measured at most 1.30,
+# 1.28 and 1.80 over the networks of this file.
+RATIOS = (1.6, 1.7, 2.4)
+# Error of a residual block in units of the RMS of what the block adds: measured at most 1.0e-2 (RMS) and 4.2e-2 (largest).
+LIMIT_RMS, LIMIT_MAX = 1.5e-2, 6.5e-2
 
 
 def candidate(algorithm: str) -> Candidate:
     def make(plan: FusedPlan) -> BackendRunner:
-        packed = cpu.pack(plan, torch.device("cpu"), "bf16", algorithm)
-        return BackendRunner(plan, packed, "bf16", packed.padded_channels, one_by_one=False)
+        packed = cpu.CpuPacked(plan, algorithm, cpu.BF16_ISA)
+        # Its slots are fp32.
+        return BackendRunner(plan, packed, "fp32", packed.padded_channels, one_by_one=False)
 
     return Candidate(f"cpu-{algorithm}-bf16", "bf16", make, algorithm=algorithm)
 
@@ -43,7 +43,7 @@ DIRECT, WINOGRAD = candidate("direct"), candidate("winograd")
 BOTH = pytest.mark.parametrize("which", [DIRECT, WINOGRAD], ids=lambda c: c.name)
 
 
-# Without Winograd: what the specification says ----------------------------------------------------------------------------
+# Without Winograd: the limits of the specification ---------------------------------------------------------------------------
 
 
 @needs_bf16
@@ -147,9 +147,8 @@ def test_winograd_block_equals_float64_within_its_limits(size):
         truth = truth_of_block(x, parameters)
         unit = checks.rms(truth - x)
         error = (run_block(WINOGRAD, x, parameters).double() - truth).abs()
-        # The store rounds the sum to 8 bits, whatever computed it.
-        before_store = (error - checks.UNIT["bf16"] * truth.abs()).clamp(min=0) / unit
-        assert checks.rms(before_store) <= LIMIT_RMS and float(before_store.max()) <= LIMIT_MAX, (channels, n)
+        error = error / unit
+        assert checks.rms(error) <= LIMIT_RMS and float(error.max()) <= LIMIT_MAX, (channels, n)
 
 
 @needs_bf16
@@ -165,9 +164,8 @@ def test_the_limits_see_wrong_operations():
     dropped[:, :, 2, 0] = 0
     bias[5] += 0.1
     for change in ({"weight_a": dropped}, {"weight_b": swapped.contiguous()}, {"bias_b": bias}):
-        error = (run_block(WINOGRAD, x, parameters | change).double() - truth).abs()
-        before_store = (error - checks.UNIT["bf16"] * truth.abs()).clamp(min=0) / unit
-        assert not (checks.rms(before_store) <= LIMIT_RMS and float(before_store.max()) <= LIMIT_MAX)
+        error = (run_block(WINOGRAD, x, parameters | change).double() - truth).abs() / unit
+        assert not (checks.rms(error) <= LIMIT_RMS and float(error.max()) <= LIMIT_MAX)
 
 
 def test_winograd_transforms_compute_a_convolution():
@@ -240,16 +238,12 @@ def test_a_gate_of_many_sources_adds_partial_sums():
 
 
 @needs_bf16
-def test_it_is_really_bf16_and_takes_half_the_memory():
+def test_it_is_really_bf16():
     net = networks.build(layers.NETWORK)
     x = networks.image(1, 1, 40, 40)
     fast = {p: mf.fuse(net, backend="cpu", precision=p, algorithm="direct") for p in ("fp32", "bf16")}
     truth = networks.oracle(net, x)
-    assert checks.nsr(fast["bf16"](x), truth, x) > 0.3 * checks.UNIT["bf16"] > 10 * checks.nsr(fast["fp32"](x), truth, x)
-    plan = lower(net)
-    slots = plan.num_slots * 512 * 512 * plan.config.channels
-    assert fast["bf16"].workspace_bytes(1, 512, 512) < 0.6 * fast["fp32"].workspace_bytes(1, 512, 512)
-    assert fast["bf16"].workspace_bytes(1, 512, 512) >= 2 * slots
+    assert checks.nsr(fast["bf16"](x), truth, x) > 0.1 * checks.UNIT["bf16"] > 10 * checks.nsr(fast["fp32"](x), truth, x)
 
 
 @needs_bf16
@@ -302,7 +296,7 @@ def test_the_module_refuses_bf16_kernels_that_cannot_run():
         with pytest.raises(ValueError, match="not available"):
             module.workspace_bytes(*shape, "direct", "avx512_bf16", 1)
     else:
-        assert module.workspace_bytes(*shape, "direct", "avx512_bf16", 1) >= 3 * 8 * 8 * 16 * 2
+        assert module.workspace_bytes(*shape, "direct", "avx512_bf16", 1) >= 3 * 8 * 8 * 16 * 4
 
 
 @needs_bf16

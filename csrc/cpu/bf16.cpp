@@ -3,6 +3,7 @@
 #include "bf16_gate.h"
 #include "bf16_winograd.h"
 #include "first_conv.h"
+#include "peak.h"
 #include "reconstruct.h"
 
 namespace memnet {
@@ -18,7 +19,9 @@ static i64 scratch_floats(const Shape &shape, Algorithm algorithm, int threads) 
   return ceil_div(most, 16) * 16;
 }
 
-static bool needs_mid(const Shape &, Algorithm algorithm, int) { return algorithm == Algorithm::kDirect; }
+static i64 mid_floats(const Shape &shape, Algorithm algorithm, int) {
+  return algorithm == Algorithm::kDirect ? shape.n * shape.h * shape.w * shape.cp : 0;
+}
 
 static void run_op(const Op &op, const Frame &frame) {
   switch (op.kind) {
@@ -36,8 +39,8 @@ static void run_op(const Op &op, const Frame &frame) {
 } // namespace MEMNET_ISA
 
 const Kernels &avx512_bf16_kernels() {
-  static const Kernels table = {"avx512_bf16", MEMNET_ISA::scratch_floats,
-                                MEMNET_ISA::needs_mid, MEMNET_ISA::run_op};
+  static const Kernels table = {"avx512_bf16", MEMNET_ISA::scratch_floats, MEMNET_ISA::mid_floats, MEMNET_ISA::run_op,
+                                MEMNET_ISA::multiply_add};
   return table;
 }
 

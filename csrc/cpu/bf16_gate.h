@@ -12,9 +12,7 @@ namespace memnet::MEMNET_ISA {
 constexpr i64 kGatePixels = 48;
 constexpr i64 kGateSources = 16; // a longer gate adds up partial sums
 
-MEMNET_INLINE i64 bf16_gate_scratch(const Shape &shape) {
-  return kGatePixels * shape.cp + kGatePixels * kGateSources * shape.cp / 2;
-}
+MEMNET_INLINE i64 bf16_gate_scratch(const Shape &shape) { return kGatePixels * kGateSources * shape.cp / 2; }
 
 inline void bf16_gate(const Op &op, const Frame &frame) {
   const Shape &shape = frame.shape;
@@ -26,14 +24,17 @@ inline void bf16_gate(const Op &op, const Frame &frame) {
   float *dst = slot_at(frame, op.dst);
 #pragma omp parallel num_threads(frame.threads)
   {
-    float *sums = frame.scratch + omp_get_thread_num() * frame.scratch_floats;
-    bf16 *active = reinterpret_cast<bf16 *>(sums + kGatePixels * cp); // [kGatePixels][sources][Cp]
+    Laps laps(frame);
+    // [kGatePixels][sources][Cp]
+    bf16 *active = reinterpret_cast<bf16 *>(frame.scratch + omp_get_thread_num() * frame.scratch_floats);
 #pragma omp for schedule(static)
     for (i64 index = 0; index < blocks; ++index) {
       const i64 first = index * kGatePixels, rows = smaller(kGatePixels, pixels - first);
-      for (i64 x = 0; x < rows; ++x)
-        for (i64 c = 0; c < cp; c += kLanes)
-          store(sums + x * cp + c, load(bias + c));
+      float *sums = dst + first * cp;
+      if (op.accumulate == 0)
+        for (i64 x = 0; x < rows; ++x)
+          for (i64 c = 0; c < cp; c += kLanes)
+            store(sums + x * cp + c, load(bias + c));
       for (i64 done = 0; done < op.num_src; done += kGateSources) {
         const i64 sources = smaller(kGateSources, op.num_src - done), k = sources * cp;
         for (i64 j = 0; j < sources; ++j) {
@@ -43,11 +44,12 @@ inline void bf16_gate(const Op &op, const Frame &frame) {
             for (i64 c = 0; c < cp; c += kLanes)
               store(active + x * k + j * cp + c, relu(fma(load(src + x * cp + c), load(s + c), load(t + c))));
         }
+        laps.end_of(kInput);
         dot_product<true>(active, k, kOneTap, weight + done * cp * cp, cp, k, sums, cp, rows);
+        laps.end_of(kProduct, 2 * rows * k * cp);
       }
-      for (i64 i = 0; i < rows * cp; i += kLanes)
-        store(dst + first * cp + i, load(sums + i));
     }
+    laps.end_of(kWait);
   }
 }
 

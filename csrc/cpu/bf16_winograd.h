@@ -182,7 +182,7 @@ MEMNET_INLINE void transform_output(const float *points, i64 point_stride, i64 c
 template <Stage kStage, int kCp, typename Src, typename Dst>
 void winograd_stage(const Shape &shape, const Tiling &t, i64 stage, const Rows<Src> &src, const Rows<Dst> &dst,
                     const Rows<Dst> &skip, const float *scale, const float *shift, const bf16 *weight,
-                    const float *bias, float *scratch) {
+                    const float *bias, float *scratch, Laps &laps) {
   constexpr bool kActivate = kStage == Stage::kFirst;
   const i64 cp = kCp != 0 ? kCp : shape.cp, pitch = shape.w * cp, stride = values_per_point(cp);
   float *sums = scratch;
@@ -208,8 +208,10 @@ void winograd_stage(const Shape &shape, const Tiling &t, i64 stage, const Rows<S
           transform_run<kActivate, false>(rows, x0, shape.w, run, cp, s, h, tile, stride);
       }
     }
+    laps.end_of(kInput);
     for (i64 k = 0; k < kPoints; ++k)
       dot_product<false>(points + k * stride, cp, kOneTap, weight + k * cp * cp, cp, cp, sums + k * stride, cp, count);
+    laps.end_of(kProduct, 2 * kPoints * count * cp * cp);
     for (i64 i = 0; i < count; ++i) {
       const i64 y0 = (start + i) / t.across * kTile, x0 = (start + i) % t.across * kTile;
       const i64 height = smaller(kTile, shape.h - y0), width = smaller(kTile, shape.w - x0);
@@ -224,6 +226,7 @@ void winograd_stage(const Shape &shape, const Tiling &t, i64 stage, const Rows<S
       else
         transform_output<kStage>(sums + i * cp, stride, cp, bias, rows, skips, height, width);
     }
+    laps.end_of(kOutput);
   }
 }
 
@@ -237,6 +240,7 @@ template <int kCp> void winograd_bands(const Op &op, const Frame &frame) {
   const float *bias_a = floats(op.bias_a), *bias_b = floats(op.bias_b);
 #pragma omp parallel num_threads(frame.threads)
   {
+    Laps laps(frame);
     float *scratch = frame.scratch + omp_get_thread_num() * frame.scratch_floats;
     bf16 *ring = reinterpret_cast<bf16 *>(scratch + kPoints * values_per_point(shape.cp) * 3 / 2);
     const Rows<bf16> mid{ring, ring_rows(t)};
@@ -248,12 +252,14 @@ template <int kCp> void winograd_bands(const Op &op, const Frame &frame) {
       // The second convolution follows one stage behind: it needs the first row of the stage below it.
       for (i64 stage = first - 1; stage <= last; ++stage) {
         if (stage >= 0 && stage < t.stages)
-          winograd_stage<Stage::kFirst, kCp>(shape, t, stage, from, mid, {}, scale, shift, weight_a, bias_a, scratch);
+          winograd_stage<Stage::kFirst, kCp>(shape, t, stage, from, mid, {}, scale, shift, weight_a, bias_a, scratch,
+                                             laps);
         if (stage - 1 >= first)
           winograd_stage<Stage::kSecond, kCp>(shape, t, stage - 1, mid, to, from, nullptr, nullptr, weight_b, bias_b,
-                                              scratch);
+                                              scratch, laps);
       }
     }
+    laps.end_of(kWait);
   }
 }
 

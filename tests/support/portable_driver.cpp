@@ -1,8 +1,8 @@
 // Runs operations that a file describes, on a machine that has no Python: portable_driver INPUT OUTPUT.
 //
-// INPUT: Shape; int64 algorithm, threads, number of operations; each operation with the size of an array in bytes in place of
-// its address, followed by these arrays; the image; int64 bytes of the workspace, and its contents.
-// OUTPUT: the workspace and the output image. Without operations: workspace_bytes() as a decimal number.
+// INPUT: Shape; int64 algorithm, threads, number of operations; each operation with the size of an array in bytes in
+// place of its address, followed by these arrays; the image; int64 bytes of the workspace, and its contents. OUTPUT:
+// the workspace and the output image. Without operations: workspace_bytes() as a decimal number.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -56,8 +56,8 @@ int main(int, char **argv) try {
   std::vector<memnet::Op> ops(settings[2]);
   for (memnet::Op &op : ops) {
     read(in, &op, sizeof op);
-    for (std::uint64_t *field : {&op.srcs, &op.scale, &op.shift, &op.weight_a, &op.bias_a, &op.weight_b, &op.bias_b,
-                                 &op.head_weights})
+    for (std::uint64_t *field :
+         {&op.srcs, &op.scale, &op.shift, &op.weight_a, &op.bias_a, &op.weight_b, &op.bias_b, &op.head_weights})
       if (*field != 0) {
         const Guarded array(*field);
         read(in, array.data(), array.size);
