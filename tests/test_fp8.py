@@ -1,13 +1,17 @@
 """The written numerics of precision "fp8": e4m3 convolutions between fp16 slots, in backends/torch.py."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from skimage import data
 from support.networks import build
 from torch import Tensor
 
 import memnet_fast as mf
+from benchmarks import fp8_quality
 from memnet_fast import degrade
 from memnet_fast.backends import torch as torch_backend
 from memnet_fast.config import MemNetConfig
@@ -152,3 +156,36 @@ def test_quality_gate(sigma: int) -> None:
         losses.append(restored - psnr(fp8(noisy), clean))
     assert max(losses) > 0
     assert sum(losses) / len(losses) <= 0.05, losses
+
+
+def test_the_measurement_on_a_folder(tmp_path, monkeypatch, capsys) -> None:
+    """benchmarks/fp8_quality.py: a row for each image and sigma, kept where it is interrupted; another image is another row."""
+    monkeypatch.setattr(fp8_quality, "results_folder", lambda: tmp_path)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    assert fp8_quality.main([str(folder)]) == 2 and "no image" in capsys.readouterr().err
+    assert fp8_quality.main([str(tmp_path / "none")]) == 2 and "there is no folder" in capsys.readouterr().err
+    for name, at in (("a.png", 0), ("b.png", 40)):
+        Image.fromarray(data.camera()[100:118, at : at + 15]).save(folder / name)
+    arguments = [str(folder), "--sigmas", "30", "--crop", "16"]
+    assert fp8_quality.main(arguments) in (0, 1)
+    target = tmp_path / "fp8_quality.json"
+    first = json.loads(target.read_text())
+    assert [(r["image"], r["size"], r["sigma"]) for r in first["rows"]] == [("a.png", [15, 16], 30), ("b.png", [15, 16], 30)]
+    (summary,) = first["summary"]
+    losses = [r["psnr_fp32"] - r["psnr_fp8"] for r in first["rows"]]
+    assert summary["images"] == 2 and summary["mean_loss_db"] == pytest.approx(sum(losses) / 2)
+    assert summary["within_gate"] == (sum(losses) / 2 <= 0.05) and all(abs(loss) < 1 for loss in losses)
+    assert all(r["psnr_fp32"] > r["psnr_noisy"] + 1 for r in first["rows"])
+
+    def restored(*args) -> float:
+        raise AssertionError("measured again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fp8_quality, "psnr", restored)
+        assert fp8_quality.main(arguments) in (0, 1)
+        assert json.loads(target.read_text()) == first
+        with pytest.raises(AssertionError, match="measured again"):
+            fp8_quality.main([*arguments[:-1], "12"])
+    rows = [{"sigma": 30.0, "psnr_fp32": 30.0, "psnr_fp8": 30.0 - loss} for loss in (0.02, 0.09)]
+    assert not fp8_quality.summary(rows)[0]["within_gate"] and fp8_quality.summary(rows[:1])[0]["within_gate"]

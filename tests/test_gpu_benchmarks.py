@@ -360,6 +360,72 @@ def _without_nvcc(tmp_path):
     return str(folder)
 
 
+def _script() -> str:
+    return (ROOT / "benchmarks" / "gpu_window.sh").read_text()
+
+
+def test_a_visit_fits_its_calls_by_the_limits_of_its_steps():
+    """As the head of the script lists them: each call within the budget, all steps once, in the order of the script."""
+    script = _script()
+    listed = re.search(r"^declare -A LIMIT=\((.*?)\)$", script, re.MULTILINE | re.DOTALL)[1]
+    limits = {k: int(v) for k, v in re.findall(r"\[(\w+)\]=(?:\$\{TRAIN_SECONDS:-)?(\d+)", listed)}
+    every = re.search(r"^STEPS=\$\{STEPS:-(.*)\}$", script, re.MULTILINE)[1].split()
+    assert sorted(limits) == sorted(every)
+    calls = [call.split() for call in re.findall(r'^#   STEPS="(.*?)" benchmarks/gpu_window.sh', script, re.MULTILINE)]
+    assert len(calls) == 3 and [step for call in calls for step in call] == [step for step in every if step != "train"]
+    budget = int(re.search(r"^BUDGET=\$\{BUDGET:-(\d+)\}$", script, re.MULTILINE)[1])
+    assert budget < 600
+    for call in calls:
+        at_once = min(limits["parity"], limits["sanitize"]) if {"parity", "sanitize"} <= set(call) else 0
+        assert sum(limits[step] for step in call) - at_once <= budget, call
+    # Nothing runs without a limit, and every limit is used.
+    for name in every:
+        assert re.search(rf"LIMIT\[{name}\]", script), name
+    assert not re.search(r"^\s*(step|bounded|run_tests|network) \"?\w+\"? [^\d\"$]", script, re.MULTILINE)
+
+
+def test_results_of_several_calls_become_one(tmp_path):
+    paths = [tmp_path / f"{i}.json" for i in range(3)]
+    about = {"commit": "c", "torch": "2.13", "gpu": {"name": "NVIDIA H200", "nvidia_smi": {"driver_version": "580"}}}
+    for i, path in enumerate(paths):
+        store.write(path, {"about": {**about, "date": str(i)}, "rows": [{"x": i}]})
+    out = tmp_path / "all.json"
+    assert collect.main(["merge", *map(str, paths), str(out)]) == 0
+    assert store.read(out) == {"about": {**about, "date": "0"}, "rows": [{"x": 0}, {"x": 1}, {"x": 2}]}
+    out.unlink()
+    for other in ({"commit": "d"}, {"gpu": {"name": "NVIDIA H100"}}, {"gpu": None}):
+        store.write(paths[2], {"about": {**about, **other}, "rows": []})
+        assert collect.main(["merge", *map(str, paths), str(out)]) == 2 and not out.exists()
+
+
+def _with_nvidia_smi(tmp_path):
+    """A PATH on which nvidia-smi answers."""
+    folder = tmp_path / "tools"
+    folder.mkdir(exist_ok=True)
+    program = folder / "nvidia-smi"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_a_call_without_the_build_of_these_sources_builds_first(tmp_path):
+    """A machine may be a fresh one, or have the build of other sources. Without time nothing is done, only said."""
+    path = _with_nvidia_smi(tmp_path)
+    _, steps = window(tmp_path, STEPS="ops", BUDGET="0", PATH=path)
+    assert list(steps) == ["build", "build_micro", "parity_triton", "ops"] and set(steps.values()) == {125}
+    work = tmp_path / "work"
+    assert not (work / "built").exists(), "what was not built is not taken for built"
+    names = ("setup.py", "pyproject.toml", "csrc", "kernels", "memnet_fast")
+    find = f"find {' '.join(names)} -type f ! -name '*.pyc' ! -name '*.so' ! -name _build_info.json -print0"
+    command = f"cd {shlex.quote(str(ROOT))} && {find} | sort -z | xargs -0 sha256sum | sha256sum"
+    state = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+    (work / "built").write_text(state)
+    _, steps = window(tmp_path, STEPS="ops", BUDGET="0", PATH=path)
+    assert steps == {"ops": 125}
+    (work / "built").write_text("of other sources")
+    assert "build" in window(tmp_path, STEPS="ops", BUDGET="0", PATH=path)[1]
+
+
 def test_window_step_that_hangs_costs_only_itself(tmp_path):
     done, steps = window(tmp_path, DRY_RUN="1", STEPS="facts train", TRAIN="echo begun; sleep 60", TRAIN_SECONDS="3")
     assert done.returncode == 0 and steps == {"facts": 0, "train": 124}
