@@ -299,7 +299,7 @@ def check_compiler(device: str | torch.device) -> None:
         x, values = torch.ones(1, _FEW + 1, 1, 2, device=device), torch.ones(_FEW + 1, device=device)
         _compiled().activate(x, values, values, values, values, 1.0, x.dtype)
     except Exception as error:  # whatever compilers, drivers and PyTorch raise
-        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        reason = " ".join(str(error).split())[:200] or repr(error)
         needs = "a C++ compiler" if torch.device(device).type == "cpu" else "Triton and a C compiler"
         raise InputError(f"torch.compile does not work here ({reason}); it needs {needs}, or compile = false") from error
 

@@ -144,19 +144,19 @@ def train(
         if stage.batch % world:
             raise InputError(f"a batch of {stage.batch} cannot be shared by {world} processes")
     stopping = _Stopping(max_minutes)
-    _end_with_launcher()
     least = max(least_side(recipe.levels, stage.patch) for stage in recipe.stages)
     images = data.load_gray_images(recipe.data, least)
     validation = data.load_gray_images(recipe.validation) if recipe.validation else []
     output = Path(recipe.output).expanduser()
     with contextlib.ExitStack() as stack:
+        ending = stack.enter_context(_ending_with_launcher())
         if _first_process():
             try:
                 output.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise InputError(f"cannot make the output folder {output}: {error.strerror or error}") from error
             stack.enter_context(_locked(output))
-        run = _Run(recipe, output, images, validation, hardware, stopping)
+        run = _Run(recipe, output, images, validation, hardware, stopping, ending)
         start = run.start(resume, override)
         stack.enter_context(stopping.listening())
         outcome = run.stages(*start)
@@ -168,20 +168,27 @@ def train(
     return outcome
 
 
-def _end_with_launcher() -> None:
+@contextlib.contextmanager
+def _ending_with_launcher() -> Iterator[threading.Event]:
     """A process that Lightning started ends with the one that started it: that may be killed while this one waits for it, and
-    the first meeting and NCCL's exchanges wait for minutes. The other way round Lightning itself looks after."""
-    launcher = os.environ.get(_LAUNCHER)
-    if launcher is None or int(launcher) == os.getpid():
-        return
+    the first meeting and NCCL's exchanges wait for minutes. The other way round Lightning itself looks after. Not any more
+    when the event is set: then each may leave when it likes."""
+    launcher, ending = os.environ.get(_LAUNCHER), threading.Event()
 
-    def watch() -> None:
-        while os.getppid() == int(launcher):
-            time.sleep(1)
-        os.write(2, b"memnet: error: the first process of this training ended\n")
-        os._exit(1)
+    def watch(parent: int) -> None:
+        while os.getppid() == parent:
+            if ending.wait(1):
+                return
+        if not ending.is_set():
+            os.write(2, b"memnet: error: the first process of this training ended\n")
+            os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    if launcher is not None and int(launcher) != os.getpid():
+        threading.Thread(target=watch, args=(int(launcher),), daemon=True).start()
+    try:
+        yield ending
+    finally:
+        ending.set()
 
 
 @contextlib.contextmanager
@@ -235,9 +242,10 @@ class _Run:
         validation: list[torch.Tensor],
         hardware: Hardware,
         stopping: _Stopping,
+        ending: threading.Event,
     ) -> None:
         self.recipe, self.output, self.images, self.validation = recipe, output, images, validation
-        self.hardware, self.stopping = hardware, stopping
+        self.hardware, self.stopping, self.ending = hardware, stopping, ending
         self.digest = data.digest(images)
         self.task = find_task(recipe.task)
         self.history: list[dict[str, Any]] = []
@@ -364,6 +372,11 @@ class _Run:
             if stop and not self.stopping.signal and _first_process():  # who sends a signal does not wait long
                 record = {**self._record(module), "step": module.step}
                 save_result(module.result().cpu(), [*self.history, record], self.output / _STOPPED)
+        if stop or (done and self._next is None):
+            # The first process has saved; it leaves when the others know that it may.
+            module.trainer.strategy.barrier()
+            self.ending.set()
+            module.trainer.strategy.barrier()
         self._stopped = stop
         module.trainer.should_stop = stop or done
 
