@@ -25,9 +25,10 @@ from support.interpreter import Interpreter, round_to
 NETWORK = MemNetConfig(channels=16, num_memory_blocks=3, num_recursions=3)
 
 # NSR in units of u for the whole network. Winograd has a larger constant of its own: measured over the presets,
-# every variant of support.networks and every instruction set it is at most 213u = 1.3e-5; the limit is half as much again.
+# every variant of support.networks and every instruction set it is at most 386u = 2.3e-5 (M6R6 213u, M10R10 276u, M6R6 without
+# sharing 386u); the limit is half as much again.
 NSR_LIMIT = {"fp32": 60.0, "tf32": 12.0, "fp16": 12.0, "bf16": 12.0}
-NSR_LIMIT_WINOGRAD = 320.0
+NSR_LIMIT_WINOGRAD = 580.0
 # Winograd's errors as multiples of those of the policy-matched reference (total, worst line, largest): at most 7.1, 8.5
 # and 11.9 over the same networks.
 RATIOS_WINOGRAD = (9.0, 11.0, 15.0)
