@@ -159,7 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
         }
     for way, goal in GOALS.items():
         ratio = found[f"{way}_cpu"]
-        verdict = "ok" if ratio["median"] <= goal else "above the goal"
+        # Where other work on the machine moves the ratios by more than the goal leaves, they decide nothing.
+        verdict = "ok" if ratio["q80"] <= goal else "above the goal" if ratio["q20"] > goal else "the spread hides it"
         print(f"{way:4} / none: {ratio['median']:.4f} ({ratio['q20']:.4f} to {ratio['q80']:.4f}), goal {goal}: {verdict}")
     path = results_folder() / "profile_overhead.json"
     write_whole(path, (json.dumps({"about": about, **found}, indent=1) + "\n").encode())

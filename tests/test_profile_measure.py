@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from collections import defaultdict
@@ -159,6 +160,16 @@ def test_without_the_host_the_trace_has_one_process():
     found = measure(networks.build(networks.SMALL), networks.image(1, 1, 3, 5), "torch", "bf16", rounds=1, host=False)
     assert {e["pid"] for e in trace.trace(found)["traceEvents"]} == {1} and not found.host
     assert found.choice.precision == "bf16"
+
+
+def test_the_best_of_the_rounds(profile):
+    best = dataclasses.replace(profile, best=True)
+    assert best.total_ms == pytest.approx(sum(min(op.ms) for op in profile.operations))
+    assert best.total_ms <= 1.000001 * min(profile.timed_ms)
+    for row, each in zip(table.rows(best), table.rows(profile), strict=True):
+        assert row.ms <= each.ms and row.roofline >= each.roofline
+    assert sum(r.share for r in table.rows(best)) == pytest.approx(1)
+    assert all(ms <= same[2] for (_, _, ms, *_), same in zip(table.phases(best), table.phases(profile), strict=True))
 
 
 def test_what_cannot_be_profiled_is_refused():

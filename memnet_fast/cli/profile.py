@@ -45,6 +45,7 @@ class _Size(click.ParamType):
 @click.option("--algorithm", default="auto", metavar="NAME", help="auto, winograd (fast), direct.")
 @click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N.")
 @click.option("--rounds", type=click.IntRange(1, 1000), default=5, help="Timed runs, in turns with ordinary ones.")
+@click.option("--best", is_flag=True, help="The least time of each operation, not the median; for a busy machine.")
 @click.option("--each", is_flag=True, help="A row for each operation, not for each kind.")
 @click.option("--memory", is_flag=True, help="Slots and lifetimes beside the reference's allocations; TRACE.memory.png.")
 @click.option("--ncu", is_flag=True, help="Only print the command line for Nsight Compute; needs no GPU.")
@@ -81,7 +82,7 @@ def profile(ctx: click.Context, **options: Any) -> int:
     request = {name: options[name] for name in ("backend", "precision", "algorithm")}
     net = placed(net, **request, device=options["device"], own=True).reference
     image = image.to(net.first.conv.weight.device)
-    found = measure(net, image, **request, rounds=options["rounds"], host=options["output"] is not None)
+    found = measure(net, image, **request, rounds=options["rounds"], host=options["output"] is not None, best=options["best"])
     memory = None
     if options["memory"]:
         from memnet_fast.profile import memory as memories

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,20 +40,16 @@ class HostEvent:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of the plan. ms: of each round. phases: milliseconds summed over the threads, median of the rounds; empty
-    for a backend without phases. counted: whether cost.executed comes from the kernel itself instead of the formula."""
+    """One operation of the plan. ms: of each round. phases: milliseconds summed over the threads, of each round; empty for a
+    backend without phases. counted: whether cost.executed comes from the kernel itself instead of the formula."""
 
     index: int
     name: str
     kind: str
     cost: Cost
     ms: tuple[float, ...]
-    phases: dict[str, float] = field(default_factory=dict)
+    phases: dict[str, tuple[float, ...]] = field(default_factory=dict)
     counted: bool = False
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.ms)
 
 
 @dataclass(frozen=True)
@@ -74,6 +70,18 @@ class Profile:
     way: Way
     steps: tuple[Step, ...]
     workspace_bytes: int
+    best: bool = False
+
+    def pick(self, rounds: Sequence[float]) -> float:
+        """The figure that stands for all rounds: the median, or with `best` the least."""
+        return min(rounds) if self.best else statistics.median(rounds)
+
+    @property
+    def total_ms(self) -> float:
+        """Of all operations: the median of the rounds, or the sum of what each took at best."""
+        if self.best:
+            return sum(min(op.ms) for op in self.operations) + self.packing_ms
+        return statistics.median(self.timed_ms)
 
     @property
     def timed_ms(self) -> tuple[float, ...]:
@@ -81,7 +89,7 @@ class Profile:
 
     @property
     def packing_ms(self) -> float:
-        return statistics.median(1e-6 * sum(s.end - s.begin for s in t.spans if s.op is None) for t in self.rounds)
+        return self.pick([1e-6 * sum(s.end - s.begin for s in t.spans if s.op is None) for t in self.rounds])
 
     @property
     def threads(self) -> int | None:
@@ -95,7 +103,8 @@ def way_of(packed: Any, plan: FusedPlan, choice: backends.Choice) -> Way:
         channels = 64 if choice.backend == "cuda" else plan.config.channels
     return Way(
         channels,
-        4 if choice.precision in ("fp32", "tf32") else 2,
+        # The CPU backend keeps its maps in fp32, whatever it multiplies in.
+        4 if choice.backend == "cpu" or choice.precision in ("fp32", "tf32") else 2,
         choice.algorithm == "winograd",
         choice.backend in ("cpu", "cuda"),
     )
@@ -121,9 +130,11 @@ def measure(
     algorithm: str = "auto",
     rounds: int = 5,
     host: bool = True,
+    best: bool = False,
 ) -> Profile:
     """image: [N, C_in, H, W] float32 in [0, 1] on the device of `net`; computed at once, whatever N is. rounds: at least 1.
-    host: also one ordinary call under torch.profiler.
+    host: also one ordinary call under torch.profiler. best: tables show the least time of each operation, not the median: on a
+    busy machine, what a round takes says more of others than of the network.
 
     Raises as `fuse` and its call do; DeviceOOM where the workspace does not fit.
     """
@@ -162,6 +173,7 @@ def measure(
         way,
         steps(plan, packed),
         size,
+        best,
     )
 
 
@@ -177,7 +189,7 @@ def _operation(
     by_formula = cost(op, plan.config, way, *shape)
     counted = sum(t.flop for t in rounds[0].threads if t.op == index)
     known = by_formula if not counted else Cost(by_formula.flop, counted, by_formula.bytes)
-    phases = {phase: statistics.median(values) for phase, values in sums.items()}
+    phases = {phase: tuple(values) for phase, values in sums.items()}
     return Operation(index, name, timing.KINDS[type(op)], known, ms, phases, counted > 0)
 
 

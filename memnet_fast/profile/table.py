@@ -13,15 +13,14 @@ from typing import Any
 from rich.table import Table
 
 from memnet_fast import __version__
-from memnet_fast.profile.ceilings import Ceilings
 from memnet_fast.profile.measuring import Operation, Profile
 
 
 @dataclass(frozen=True)
 class Row:
-    """Operations of one kind and size. calls: of one run. ms: of all of them, the median of the rounds. The rest is for all of
-    them, too. bound: what the measured ceilings allow less of. roofline: the least time by these ceilings over the time
-    measured, by the executed FLOP (above 1: the maps were in a cache, and no copy had to be waited for)."""
+    """Operations of one kind and size. calls: of one run. ms: of all of them, the median of the rounds or the best. The rest is
+    for all of them, too. bound: what the measured ceilings allow less of. roofline: the least time by these ceilings over the
+    time measured, by the executed FLOP (above 1: the maps were in a cache, and no copy had to be waited for)."""
 
     name: str
     calls: int
@@ -41,8 +40,7 @@ def rows(profile: Profile, each: bool = False) -> list[Row]:
     groups: dict[str, list[Operation]] = {}
     for op in profile.operations:
         groups.setdefault(f"{op.index:3} {op.name}" if each else _group(op, profile), []).append(op)
-    total = statistics.median(profile.timed_ms)
-    return [_row(name, ops, total, profile.ceilings[-1]) for name, ops in groups.items()]
+    return [_row(name, ops, profile) for name, ops in groups.items()]
 
 
 def _group(op: Operation, profile: Profile) -> str:
@@ -50,8 +48,12 @@ def _group(op: Operation, profile: Profile) -> str:
     return f"{op.kind}, {sources} sources" if sources else op.kind
 
 
-def _row(name: str, ops: Sequence[Operation], total: float, ceilings: Ceilings) -> Row:
-    ms = statistics.median(map(sum, zip(*(op.ms for op in ops), strict=True)))
+def _row(name: str, ops: Sequence[Operation], profile: Profile) -> Row:
+    ceilings, total = profile.ceilings[-1], profile.total_ms
+    if profile.best:
+        ms = sum(min(op.ms) for op in ops)
+    else:
+        ms = statistics.median(map(sum, zip(*(op.ms for op in ops), strict=True)))
     flop, executed, moved = (sum(getattr(op.cost, key) for op in ops) for key in ("flop", "executed", "bytes"))
     compute, memory = 1e3 * executed / ceilings.flops, 1e3 * moved / ceilings.bytes
     return Row(
@@ -76,7 +78,7 @@ def phases(profile: Profile) -> list[tuple[str, str, float, float, float | None]
     for op in profile.operations:
         flop[op.kind] = flop.get(op.kind, 0) + op.cost.executed
         for phase, ms in op.phases.items():
-            sums[op.kind, phase] = sums.get((op.kind, phase), 0.0) + ms
+            sums[op.kind, phase] = sums.get((op.kind, phase), 0.0) + profile.pick(ms)
     total = sum(sums.values())
     return [
         (kind, phase, ms, ms / total, 1e-6 * flop[kind] / ms if phase == "product" and ms else None)
@@ -89,19 +91,20 @@ def operations_table(profile: Profile, each: bool = False) -> Table:
     c = profile.choice
     threads = f", {profile.threads} threads" if profile.threads else ""
     what = f"{c.backend} {c.precision} {c.algorithm}, {'x'.join(map(str, profile.shape))}"
-    table = Table(title=f"{what}{threads}, {len(profile.rounds)} rounds")
+    table = Table(title=f"{what}{threads}, {'best' if profile.best else 'median'} of {len(profile.rounds)} rounds")
     table.add_column("operation", no_wrap=True)
     for name in ("calls", "ms", "share", "GFLOP", "executed", "GB", "TFLOP/s", "GB/s"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("bound")
     table.add_column("of roofline", justify="right", no_wrap=True)
-    total = statistics.median(profile.timed_ms)
     for r in rows(profile, each):
         table.add_row(*_cells(r), r.bound, _percent(r.roofline))
     if profile.packing_ms:
-        table.add_row("packing of weights", "", _short(profile.packing_ms), _percent(profile.packing_ms / total), *[""] * 7)
+        table.add_row(
+            "packing of weights", "", _short(profile.packing_ms), _percent(profile.packing_ms / profile.total_ms), *[""] * 7
+        )
     table.add_section()
-    whole = _row("all", profile.operations, total, profile.ceilings[-1])
+    whole = _row("all", profile.operations, profile)
     table.add_row(*_cells(whole), "", _percent(_ideal(profile)))
     return table
 
@@ -140,7 +143,7 @@ def phases_table(profile: Profile) -> Table | None:
 
 def notes(profile: Profile) -> list[str]:
     """The lines below the tables: what the percentages are of, and what lies around the operations."""
-    plain, timed = statistics.median(profile.plain_ms), statistics.median(profile.timed_ms)
+    plain, timed = profile.pick(profile.plain_ms), profile.pick(profile.timed_ms)
     lines = []
     for c in profile.ceilings:
         fma = f"multiply-adds {1e-9 * c.fma:.0f} GFLOP/s, " if c.fma else ""
@@ -176,6 +179,8 @@ def values(profile: Profile) -> dict[str, Any]:
         "plain_ms": list(profile.plain_ms),
         "timed_ms": list(profile.timed_ms),
         "packing_ms": profile.packing_ms,
+        "best": profile.best,
+        "total_ms": profile.total_ms,
         "rows": [dataclasses.asdict(r) for r in rows(profile)],
         "phases": [dict(zip(("kind", "phase", "ms", "share", "gflops_of_a_thread"), p, strict=True)) for p in phases(profile)],
         "operations": [
@@ -184,7 +189,7 @@ def values(profile: Profile) -> dict[str, Any]:
                 "name": op.name,
                 "kind": op.kind,
                 "ms": list(op.ms),
-                "phases": op.phases,
+                "phases": {phase: list(ms) for phase, ms in op.phases.items()},
                 "counted": op.counted,
                 **dataclasses.asdict(op.cost),
             }
