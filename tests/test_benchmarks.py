@@ -27,8 +27,9 @@ TINY = MemNetConfig(channels=8, num_memory_blocks=1, num_recursions=1)
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(run, "network", lambda name: networks.build(TINY))
+    monkeypatch.setattr(run, "_KEPT", tmp_path_factory.mktemp("kept"))
 
 
 def stored(folder: Path) -> dict:
