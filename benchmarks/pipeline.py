@@ -3,7 +3,8 @@
 Draws photographs of scikit-image in several sizes (0.02 to 0.3 megapixels), kinds and formats, restores the folder as
 `memnet denoise` does, and runs the network alone over the planes that it sees there. Goal: the folder takes at most 1.1 times
 as long. The network alone has one half of the planes before the folder and the other half after it, so that a machine whose
-speed drifts still gives a true ratio; `drift` says how much slower it was after. Writes results/<device>/pipeline.json.
+speed drifts still gives a true ratio; `drift` says how much slower it was after. `cpu_ratio` is the same ratio of CPU time,
+which other programs disturb less. Writes results/<device>/pipeline.json.
 """
 
 from __future__ import annotations
@@ -63,12 +64,16 @@ def draw(folder: Path, count: int, scale: float) -> list[Path]:
     return paths
 
 
-def network_seconds(restorer: Restorer, planes: list[np.ndarray]) -> float:
-    """Seconds of the network alone over planes [1, H, W], one after the other; nothing else is done in between."""
-    start = time.perf_counter()
+def network_seconds(restorer: Restorer, planes: list[np.ndarray]) -> np.ndarray:
+    """Seconds by the clock and of the CPU, of the network alone over planes [1, H, W], one after the other."""
+    start = _clocks()
     for plane in planes:
         restorer.net(torch.from_numpy(plane)[None])
-    return time.perf_counter() - start
+    return _clocks() - start
+
+
+def _clocks() -> np.ndarray:
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def measure(folder: Path, count: int, scale: float, model: str | None, rounds: int) -> dict[str, Any]:
@@ -81,18 +86,19 @@ def measure(folder: Path, count: int, scale: float, model: str | None, rounds: i
     sizes = [sum(plane.size for plane in half) / 1e6 for half in halves]
     restorer = Restorer("denoise", model=model)
     restorer.net(torch.rand(1, 1, 64, 64))  # packs the weights and starts the threads
-    alone, walls, reports, drifts = [], [], [], []
+    alone, whole, reports, drifts = [], [], [], []
     for i in range(rounds):
         before = network_seconds(restorer, halves[0])
-        start = time.perf_counter()
+        start = _clocks()
         reports.append(run_job(plan_job([str(folder / "in")], str(folder / f"out{i}")), restorer))
-        walls.append(time.perf_counter() - start)
+        whole.append(_clocks() - start)
         after = network_seconds(restorer, halves[1])
         alone.append(before + after)
-        drifts.append((after / sizes[1]) / (before / sizes[0]))
+        drifts.append(after[0] / sizes[1] / (before[0] / sizes[0]))
     if any(report.count("restored") != count for report in reports):
         raise RuntimeError("a file was not restored; there is nothing to time")
-    ratios = [wall / pure for wall, pure in zip(walls, alone, strict=True)]
+    (walls, cpu_times), (pure, pure_cpu) = np.array(whole).T, np.array(alone).T
+    ratios = (walls / pure).tolist()
     middle = reports[ratios.index(statistics.median_low(ratios))]
     return {
         "cpu": cpu_model(),
@@ -102,11 +108,14 @@ def measure(folder: Path, count: int, scale: float, model: str | None, rounds: i
         "backend": f"{restorer.backend}, {restorer.precision}, {restorer.algorithm}, {restorer.device}",
         "images": count,
         "megapixels": sum(sizes),
-        "seconds_folder": walls,
-        "seconds_network_alone": alone,
+        "seconds_folder": walls.tolist(),
+        "seconds_network_alone": pure.tolist(),
+        "cpu_seconds_folder": cpu_times.tolist(),
+        "cpu_seconds_network_alone": pure_cpu.tolist(),
         "drift": drifts,
         "ratio": statistics.median(ratios),
         "ratios": ratios,
+        "cpu_ratio": float(np.median(cpu_times / pure_cpu)),
         "load_average": os.getloadavg()[0],
         "stages": {
             name: {"seconds": stage.seconds, "threads": stage.threads, "megapixels_per_second": stage.rate()}

@@ -1,4 +1,4 @@
-"""Training steps of the plain reference and of the memory-lean path, also compiled, side by side:  python -m benchmarks.training
+"""Training steps of the plain reference and of the memory-lean path (eager, compiled):  python -m benchmarks.training
 
 Writes training.json (of a GPU: training-gpu.json) into benchmarks/results/<cpu>/. Each way runs in a process of its own, so
 that its peak memory is its own (VmHWM on the CPU, the allocator's peak on a GPU); timed steps alternate between the processes,

@@ -14,21 +14,20 @@ namespace {
 
 using Ops = py::array_t<memnet::Op, py::array::c_style>;
 
-std::vector<double> run_plan(const Ops &ops, const memnet::Shape &shape, std::uint64_t workspace, std::int64_t bytes,
-                             std::uint64_t image, std::uint64_t out, const std::string &algorithm,
-                             const std::string &isa, int threads, bool timed) {
+using Timed = py::array_t<memnet::Times, py::array::c_style>;
+
+// times: of count * (threads + 1) elements, or null.
+void run_plan(const Ops &ops, const memnet::Shape &shape, std::uint64_t workspace, std::int64_t bytes,
+              std::uint64_t image, std::uint64_t out, const std::string &algorithm, const std::string &isa, int threads,
+              memnet::Times *times) {
   if (ops.ndim() != 1)
     throw std::invalid_argument("ops must be a one-dimensional array of op_dtype");
   const memnet::Op *data = ops.data();
   const auto count = static_cast<std::size_t>(ops.size());
-  std::vector<double> milliseconds(timed ? count : 0);
   const memnet::Algorithm chosen = memnet::parse_algorithm(algorithm);
-  {
-    py::gil_scoped_release release;
-    memnet::run(data, count, shape, reinterpret_cast<void *>(workspace), bytes, reinterpret_cast<const float *>(image),
-                reinterpret_cast<float *>(out), chosen, isa, threads, timed ? milliseconds.data() : nullptr);
-  }
-  return milliseconds;
+  py::gil_scoped_release release;
+  memnet::run(data, count, shape, reinterpret_cast<void *>(workspace), bytes, reinterpret_cast<const float *>(image),
+              reinterpret_cast<float *>(out), chosen, isa, threads, times);
 }
 
 using Addresses = py::array_t<std::uint64_t, py::array::c_style>;
@@ -59,9 +58,12 @@ bool same_bytes(const Addresses &addresses, const Sizes &sizes, const Bytes &exp
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native MemNet operations on raw addresses. Checked arguments raise ValueError.";
 
-  PYBIND11_NUMPY_DTYPE(memnet::Op, kind, src, dst, num_src, kernel, clamp, skip_weight, reserved, srcs, scale, shift,
+  PYBIND11_NUMPY_DTYPE(memnet::Op, kind, src, dst, num_src, kernel, clamp, skip_weight, accumulate, srcs, scale, shift,
                        weight_a, bias_a, weight_b, bias_b, head_weights);
   m.attr("op_dtype") = py::dtype::of<memnet::Op>();
+  PYBIND11_NUMPY_DTYPE(memnet::Times, begin, end, flop, phases);
+  m.attr("times_dtype") = py::dtype::of<memnet::Times>();
+  m.attr("PHASES") = py::make_tuple("input", "product", "output", "wait"); // in the order of memnet::Phase
   m.attr("FIRST_CONV") = static_cast<int>(memnet::kFirstConv);
   m.attr("RESIDUAL_BLOCK") = static_cast<int>(memnet::kResidualBlock);
   m.attr("GATE") = static_cast<int>(memnet::kGate);
@@ -69,7 +71,8 @@ PYBIND11_MODULE(_native, m) {
 
   m.def("version", [] { return MEMNET_VERSION; });
   m.def("compiler", [] { return MEMNET_COMPILER; });
-  m.def("isas", &memnet::runnable_isas, "Instruction sets that run on this machine, best first.");
+  m.def("isas", &memnet::runnable_isas, "Instruction sets for fp32 that run on this machine, best first.");
+  m.def("why_no_bf16", &memnet::why_no_bf16, "Why isa avx512_bf16 cannot run on this machine; empty if it can.");
 
   // Keeps the GIL: it takes a tenth of a millisecond, in which nobody can give the memory back.
   m.def("same_bytes", &same_bytes, py::arg("addresses").noconvert(), py::arg("sizes").noconvert(),
@@ -93,15 +96,15 @@ PYBIND11_MODULE(_native, m) {
       [](const Ops &ops, // [count] op_dtype; the shapes behind its addresses stand in plan.h
          std::int64_t n, std::int64_t h, std::int64_t w, std::int64_t cin, std::int64_t cout, std::int64_t cp,
          std::int64_t num_slots,
-         std::uint64_t workspace_ptr,  // [num_slots][N, H, W, Cp] fp32 and scratch, 64-byte aligned
+         std::uint64_t workspace_ptr,  // [num_slots][N, H, W, Cp] and scratch, 64-byte aligned
          std::int64_t workspace_bytes, // at least workspace_bytes(...)
          std::uint64_t image_ptr,      // [N, Cin, H, W] fp32, contiguous
          std::uint64_t out_ptr,        // [N, Cout, H, W] fp32, contiguous
          const std::string &algorithm, // "direct" | "winograd"
-         const std::string &isa,       // "auto" | one of isas()
+         const std::string &isa,       // "auto" | one of isas() | "avx512_bf16"
          int threads) {                // OpenMP threads, 1..1024
         run_plan(ops, {n, h, w, cin, cout, cp, num_slots}, workspace_ptr, workspace_bytes, image_ptr, out_ptr,
-                 algorithm, isa, threads, false);
+                 algorithm, isa, threads, nullptr);
       },
       py::arg("ops").noconvert(), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("cin"), py::arg("cout"),
       py::arg("cp"), py::arg("num_slots"), py::arg("workspace_ptr"), py::arg("workspace_bytes"), py::arg("image_ptr"),
@@ -113,11 +116,23 @@ PYBIND11_MODULE(_native, m) {
          std::int64_t cp, std::int64_t num_slots, std::uint64_t workspace_ptr, std::int64_t workspace_bytes,
          std::uint64_t image_ptr, std::uint64_t out_ptr, const std::string &algorithm, const std::string &isa,
          int threads) {
-        return run_plan(ops, {n, h, w, cin, cout, cp, num_slots}, workspace_ptr, workspace_bytes, image_ptr, out_ptr,
-                        algorithm, isa, threads, true);
+        Timed times({static_cast<py::ssize_t>(ops.size()), static_cast<py::ssize_t>(threads > 0 ? threads : 0) + 1});
+        std::memset(times.mutable_data(), 0, static_cast<std::size_t>(times.nbytes()));
+        run_plan(ops, {n, h, w, cin, cout, cp, num_slots}, workspace_ptr, workspace_bytes, image_ptr, out_ptr,
+                 algorithm, isa, threads, times.mutable_data());
+        return times;
       },
       py::arg("ops").noconvert(), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("cin"), py::arg("cout"),
       py::arg("cp"), py::arg("num_slots"), py::arg("workspace_ptr"), py::arg("workspace_bytes"), py::arg("image_ptr"),
       py::arg("out_ptr"), py::arg("algorithm"), py::arg("isa"), py::arg("threads"),
-      "run(), returning the milliseconds of each operation.");
+      "run(), returning times_dtype [operations, 1 + threads]: each operation as a whole, then in each thread.");
+
+  m.def(
+      "multiply_add_rate",
+      [](const std::string &isa, int threads, double seconds) {
+        py::gil_scoped_release release;
+        return memnet::multiply_add_rate(isa, threads, seconds);
+      },
+      py::arg("isa"), py::arg("threads"), py::arg("seconds"),
+      "FLOP per second of fused multiply-adds that wait for nothing, measured for about this long.");
 }

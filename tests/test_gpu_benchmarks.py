@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from support import faults, networks
 
 from benchmarks import report
 from benchmarks.gpu import cases, collect, network, ops, store, timing
+from memnet_fast import backends
 from memnet_fast.backends import torch as torch_backend
 from memnet_fast.bench import clocks, gpu_peers, truth
 from memnet_fast.config import MemNetConfig
@@ -215,6 +217,21 @@ def test_costs_of_the_operations():
     assert abs(flop / 5.775e6 - 1) < 0.001
     gates = sum(costs[f"gate_{k}"].byte for k in range(7, 13))
     assert gates == 8064 and costs["residual_block"].byte == 256
+
+
+def test_what_is_timed_beside_what_the_backends_take(monkeypatch):
+    """On a Hopper: the residual block of sm_80, and gates of Triton that read by address. On an older GPU neither."""
+    for module in (backends.cuda, backends.triton):
+        monkeypatch.setattr(module, "why_not", lambda *args: None)
+    for capability, expected in (((8, 0), set()), ((9, 0), {("residual_block", "capability", 80), ("gate", "tma", False)})):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, here=capability: here)
+        ways = ops._ways(torch.device("cuda", 0))
+        assert len({way.name for way in ways}) == len(ways) >= 7
+        others = {(way.begins, *next(iter(way.other.items()))) for way in ways if way.other}
+        assert others == expected
+    plan = cases.op_cases()[0].plan
+    packed = backends.triton.pack(plan, CPU, "fp16", "direct")
+    assert packed._tile("gate").tma and not dataclasses.replace(packed, tma=False)._tile("gate").tma
 
 
 def test_rows_of_operations():

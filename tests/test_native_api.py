@@ -142,8 +142,19 @@ def test_workspace_size_is_exact():
 @pytest.mark.parametrize("algorithm", ["direct", "winograd"])
 def test_timed_run_is_the_same_run(algorithm):
     plain, timed = small_plan(algorithm=algorithm).run(), small_plan(algorithm=algorithm)
-    milliseconds = timed.module.run_timed(*timed.arguments())
-    assert len(milliseconds) == 4 and all(0 < ms < 1000 for ms in milliseconds)
+    times = timed.module.run_timed(*timed.arguments())
+    assert times.shape == (4, 1 + timed.threads) and times.dtype == timed.module.times_dtype
+    whole, threads = times[:, 0], times[:, 1:]
+    assert (whole["begin"] < whole["end"]).all() and (whole["end"][:-1] <= whole["begin"][1:]).all()
+    for one, each in zip(whole, threads, strict=True):
+        took_part = each[each["begin"] > 0]
+        assert len(took_part) >= 1
+        assert (one["begin"] <= took_part["begin"]).all() and (took_part["end"] <= one["end"]).all()
+        # A lap is all that was done since the one before, so the phases of a region add up to its time; an operation of two
+        # regions (direct) lets go of the time between them.
+        assert (took_part["phases"] >= 0).all()
+        assert (took_part["phases"].sum(1) <= took_part["end"] - took_part["begin"]).all()
+        assert each["flop"].sum() > 0
     assert torch.equal(plain.output(), timed.output())
 
 

@@ -153,6 +153,7 @@ def test_several_restorers_share_a_job(here):
     assert report.count("restored") == 8 and report.stages["network"].threads == 3
     with pytest.raises(InputError, match="for 3 devices, but the job has 2"):
         run(several, ["in"], "out4", threads=Threads(1, (1, 1, 1), 1))
+    assert not Path("out4").exists()
     with pytest.raises(InputError, match="must have the same weights"):
         run([Restorer(model=small_net()), Restorer(model=small_net(1))], ["in"], "out2")
 

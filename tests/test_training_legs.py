@@ -1,4 +1,4 @@
-"""Training in legs of some minutes: stages that end by the clock, what a leg leaves, recipes that begin with bundled weights."""
+"""Training in legs of some minutes: stages that end by the clock, what a leg leaves, starts from bundled weights."""
 
 from __future__ import annotations
 

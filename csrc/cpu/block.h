@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "laps.h"
 #include "simd.h"
 
 namespace memnet::MEMNET_ISA {

@@ -16,9 +16,9 @@ MEMNET_INLINE i64 direct_scratch(const Shape &shape) {
 }
 
 // patch [rows + 2][cols + 2][Cp]: the block with its halo, activated, zero outside the image.
-template <Stage kStage>
+template <Stage kStage, typename T>
 void fill_patch(const float *src, const Shape &shape, const Block &block, const float *scale, const float *shift,
-                float *patch) {
+                T *patch) {
   const i64 cp = shape.cp;
   for (i64 y = block.y - 1; y <= block.y + block.rows; ++y)
     for (i64 x = block.x - 1; x <= block.x + block.cols; ++x, patch += cp) {
@@ -44,12 +44,14 @@ void direct_conv(const Frame &frame, const float *src, float *dst, const float *
   const i64 cp = shape.cp, blocks = count_blocks(shape);
 #pragma omp parallel num_threads(frame.threads)
   {
+    Laps laps(frame);
     float *patch = frame.scratch + omp_get_thread_num() * frame.scratch_floats;
     float *sums = patch + (kBlockRows + 2) * (kBlockCols + 2) * cp;
 #pragma omp for schedule(static)
     for (i64 index = 0; index < blocks; ++index) {
       const Block block = block_at(shape, index);
       fill_patch<kStage>(src, shape, block, scale, shift, patch);
+      laps.end_of(kInput);
       const i64 pitch = (block.cols + 2) * cp;
       for (i64 y = 0; y < block.rows; ++y) {
         // One tap's weights (16 KB at 64 channels) serve the whole row from L1.
@@ -57,6 +59,7 @@ void direct_conv(const Frame &frame, const float *src, float *dst, const float *
         for (i64 tap = 1; tap < 9; ++tap)
           matmul<true>(patch + (y + tap / 3) * pitch + tap % 3 * cp, cp, weight + tap * cp * cp, cp, cp, sums, cp,
                        block.cols);
+        laps.end_of(kProduct, 18 * block.cols * cp * cp);
         const i64 offset = ((block.image * shape.h + block.y + y) * shape.w + block.x) * cp;
         for (i64 x = 0; x < block.cols; ++x)
           for (i64 c = 0; c < cp; c += kLanes) {
@@ -64,8 +67,10 @@ void direct_conv(const Frame &frame, const float *src, float *dst, const float *
             const vec value = load(sums + at) + load(bias + c);
             store(dst + offset + at, kStage == Stage::kFirst ? relu(value) : value + load(skip + offset + at));
           }
+        laps.end_of(kOutput);
       }
     }
+    laps.end_of(kWait);
   }
 }
 

@@ -38,6 +38,7 @@ inline void first_conv(const Op &op, const Frame &frame) {
   float *dst = slot_at(frame, op.dst);                                  // [N, H, W, Cp]
 #pragma omp parallel num_threads(frame.threads)
   {
+    Laps laps(frame);
     float *taps = frame.scratch + omp_get_thread_num() * frame.scratch_floats;
 #pragma omp for schedule(static)
     for (i64 index = 0; index < blocks; ++index) {
@@ -45,13 +46,16 @@ inline void first_conv(const Op &op, const Frame &frame) {
       const float *image = frame.image + block.image * shape.cin * shape.h * shape.w;
       for (i64 y = block.y; y < block.y + block.rows; ++y) {
         gather_taps(image, shape, scale, shift, y, block.x, block.cols, taps);
+        laps.end_of(kInput);
         float *row = dst + ((block.image * shape.h + y) * shape.w + block.x) * cp;
         for (i64 x = 0; x < block.cols; ++x)
           for (i64 c = 0; c < cp; c += kLanes)
             store(row + x * cp + c, load(bias + c));
         matmul<true>(taps, k, weight, cp, k, row, cp, block.cols);
+        laps.end_of(kProduct, 2 * block.cols * k * cp);
       }
     }
+    laps.end_of(kWait);
   }
 }
 

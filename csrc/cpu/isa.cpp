@@ -2,6 +2,7 @@
 #include "direct.h"
 #include "first_conv.h"
 #include "gate.h"
+#include "peak.h"
 #include "reconstruct.h"
 #include "winograd.h"
 
@@ -22,8 +23,8 @@ static i64 scratch_floats(const Shape &shape, Algorithm algorithm, int threads) 
   return ceil_div(most, 16) * 16;
 }
 
-static bool needs_mid(const Shape &shape, Algorithm algorithm, int threads) {
-  return algorithm == Algorithm::kDirect || tiling(shape, threads).bands == 0;
+static i64 mid_floats(const Shape &shape, Algorithm algorithm, int threads) {
+  return algorithm == Algorithm::kDirect ? shape.n * shape.h * shape.w * shape.cp : winograd_mid(shape, threads);
 }
 
 static void run_op(const Op &op, const Frame &frame) {
@@ -42,8 +43,8 @@ static void run_op(const Op &op, const Frame &frame) {
 } // namespace MEMNET_ISA
 
 const Kernels &MEMNET_TABLE(MEMNET_ISA)() {
-  static const Kernels table = {MEMNET_NAME(MEMNET_ISA), MEMNET_ISA::scratch_floats, MEMNET_ISA::needs_mid,
-                                MEMNET_ISA::run_op};
+  static const Kernels table = {MEMNET_NAME(MEMNET_ISA), MEMNET_ISA::scratch_floats, MEMNET_ISA::mid_floats,
+                                MEMNET_ISA::run_op, MEMNET_ISA::multiply_add};
   return table;
 }
 

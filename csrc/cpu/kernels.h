@@ -5,6 +5,21 @@
 
 namespace memnet {
 
+// Steady, from an origin that only differences know.
+std::int64_t nanoseconds();
+
+// What a thread does within an operation. Input: reading and BN-ReLU, with the transform or the zero padding that the
+// product wants. Product: the multiplications (of a reconstruction with its output). Output: transform, bias, skip,
+// store. Wait: for the other threads.
+enum Phase : int { kInput = 0, kProduct = 1, kOutput = 2, kWait = 3, kPhases = 4 };
+
+// The time of one operation in one thread, or as a whole (then begin and end alone). Zero: the thread took no part.
+struct Times {
+  std::int64_t begin, end; // nanoseconds()
+  std::int64_t flop;       // of its products, as they were computed: with padding and with what is computed twice
+  std::int64_t phases[kPhases];
+};
+
 // Everything an operation needs besides its own fields. Slots and scratch lie in the caller's workspace.
 struct Frame {
   Shape shape;
@@ -13,16 +28,18 @@ struct Frame {
   const float *image;          // [N, Cin, H, W]
   float *out;                  // [N, Cout, H, W]
   float *slots;                // [num_slots][N, H, W, Cp]
-  float *mid;                  // [N, H, W, Cp], null where needs_mid says no
+  float *mid;                  // [mid_floats], null where that is 0
   float *scratch;              // [threads][scratch_floats]
   std::int64_t scratch_floats; // per thread, a multiple of 16
+  Times *times;                // [threads] of this operation; null: nobody asks
 };
 
 struct Kernels {
   const char *isa;
   std::int64_t (*scratch_floats)(const Shape &shape, Algorithm algorithm, int threads); // per thread, a multiple of 16
-  bool (*needs_mid)(const Shape &shape, Algorithm algorithm, int threads);
+  std::int64_t (*mid_floats)(const Shape &shape, Algorithm algorithm, int threads); // between convolutions, as above
   void (*run_op)(const Op &op, const Frame &frame);
+  std::int64_t (*multiply_add)(int threads, std::int64_t rounds); // see peak.h
 };
 
 // The tables that were compiled in; whether this machine can run one is for runner.cpp to say.
@@ -30,6 +47,9 @@ const Kernels &baseline_kernels();
 #ifdef MEMNET_X86
 const Kernels &avx2_kernels();
 const Kernels &avx512_kernels();
+#endif
+#ifdef MEMNET_AVX512_BF16
+const Kernels &avx512_bf16_kernels();
 #endif
 
 } // namespace memnet

@@ -10,94 +10,124 @@ namespace memnet::MEMNET_ISA {
 constexpr int kRows = 6;
 constexpr int kGroup = kLanes == 16 ? 4 : 2;
 
-template <bool kAccumulate, int kR, int kV>
-MEMNET_INLINE void multiply_block(const float *a, i64 lda, const float *weight, i64 cp, i64 k, float *c, i64 ldc) {
+// What a product does besides: step() is called once for each row, spread over the multiply-adds, which hide it.
+struct Nothing {
+  MEMNET_INLINE void step() {}
+};
+
+// Memory that the caller touches next: with every row, `floats` of where it will read and of where it will write travel
+// to the cache. Either may be null.
+struct Ahead {
+  const float *read = nullptr;
+  const float *write = nullptr;
+  i64 floats = 0;
+
+  MEMNET_INLINE void step() {
+    if (read != nullptr) {
+      for (i64 i = 0; i < floats; i += 16)
+        __builtin_prefetch(read + i, 0);
+      read += floats;
+    }
+    if (write != nullptr) {
+      for (i64 i = 0; i < floats; i += 16)
+        __builtin_prefetch(write + i, 1);
+      write += floats;
+    }
+  }
+};
+
+// c = base + a @ weight, or without base. base may be c, and ldb 0 for one row that serves all.
+template <bool kBase, int kR, int kV, class Side>
+MEMNET_INLINE void multiply_block(const float *a, i64 lda, const float *weight, i64 cp, i64 k, const float *base,
+                                  i64 ldb, float *c, i64 ldc, Side &side) {
   vec sum[kR][kV];
 #pragma GCC unroll 8
   for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kV; ++v)
       sum[r][v] = zero();
-  for (i64 i = 0; i < k; ++i) {
-    vec column[kV];
-#pragma GCC unroll 4
-    for (int v = 0; v < kV; ++v)
-      column[v] = load(weight + i * cp + v * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kR; ++r) {
-      const vec x = broadcast(a[r * lda + i]);
+  i64 i = 0;
+  for (int row = 1; row <= kR; ++row) {
+    side.step();
+    for (const i64 end = k * row / kR; i < end; ++i) {
+      vec column[kV];
 #pragma GCC unroll 4
       for (int v = 0; v < kV; ++v)
-        sum[r][v] = fma(x, column[v], sum[r][v]);
+        column[v] = load(weight + i * cp + v * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kR; ++r) {
+        const vec x = broadcast(a[r * lda + i]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kV; ++v)
+          sum[r][v] = fma(x, column[v], sum[r][v]);
+      }
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kV; ++v)
-      store(c + r * ldc + v * kLanes, kAccumulate ? load(c + r * ldc + v * kLanes) + sum[r][v] : sum[r][v]);
+      store(c + r * ldc + v * kLanes, kBase ? load(base + r * ldb + v * kLanes) + sum[r][v] : sum[r][v]);
 }
 
-// Memory that the caller touches next: with every register block, `step` floats are prefetched from where it will read
-// and `step` floats from where it will write. Either may be null.
-struct Ahead {
-  const float *read = nullptr;
-  const float *write = nullptr;
-  i64 step = 0;
-};
-
-template <bool kAccumulate, int kV>
-void multiply_rows(const float *a, i64 lda, const float *weight, i64 cp, i64 k, float *c, i64 ldc, i64 rows,
-                   Ahead ahead) {
-  for (; rows >= kRows; rows -= kRows, a += kRows * lda, c += kRows * ldc) {
-    if (ahead.read != nullptr) {
-      for (i64 i = 0; i < ahead.step; i += 16)
-        __builtin_prefetch(ahead.read + i, 0);
-      ahead.read += ahead.step;
-    }
-    if (ahead.write != nullptr) {
-      for (i64 i = 0; i < ahead.step; i += 16)
-        __builtin_prefetch(ahead.write + i, 1);
-      ahead.write += ahead.step;
-    }
-    multiply_block<kAccumulate, kRows, kV>(a, lda, weight, cp, k, c, ldc);
-  }
+template <bool kBase, int kV, class Side>
+void multiply_rows(const float *a, i64 lda, const float *weight, i64 cp, i64 k, const float *base, i64 ldb, float *c,
+                   i64 ldc, i64 rows, Side &side) {
+  for (; rows >= kRows; rows -= kRows, a += kRows * lda, base += kRows * ldb, c += kRows * ldc)
+    multiply_block<kBase, kRows, kV>(a, lda, weight, cp, k, base, ldb, c, ldc, side);
   switch (rows) {
   case 5:
-    return multiply_block<kAccumulate, 5, kV>(a, lda, weight, cp, k, c, ldc);
+    return multiply_block<kBase, 5, kV>(a, lda, weight, cp, k, base, ldb, c, ldc, side);
   case 4:
-    return multiply_block<kAccumulate, 4, kV>(a, lda, weight, cp, k, c, ldc);
+    return multiply_block<kBase, 4, kV>(a, lda, weight, cp, k, base, ldb, c, ldc, side);
   case 3:
-    return multiply_block<kAccumulate, 3, kV>(a, lda, weight, cp, k, c, ldc);
+    return multiply_block<kBase, 3, kV>(a, lda, weight, cp, k, base, ldb, c, ldc, side);
   case 2:
-    return multiply_block<kAccumulate, 2, kV>(a, lda, weight, cp, k, c, ldc);
+    return multiply_block<kBase, 2, kV>(a, lda, weight, cp, k, base, ldb, c, ldc, side);
   case 1:
-    return multiply_block<kAccumulate, 1, kV>(a, lda, weight, cp, k, c, ldc);
+    return multiply_block<kBase, 1, kV>(a, lda, weight, cp, k, base, ldb, c, ldc, side);
   default:
     return;
   }
 }
 
-// c [rows][cp] = or += a [rows][k] @ weight [k][cp]. Each element is summed over k in ascending order with one
-// accumulator, whatever the number of rows; what c held is added last. So a long sum (a gate: up to 1,280 terms) is
-// made of partial sums over one tap or source, and loses half as much as one running sum. c may equal a when one group
-// covers all channels (see covers_in_one_group).
-template <bool kAccumulate>
-MEMNET_INLINE void matmul(const float *a, i64 lda, const float *weight, i64 cp, i64 k, float *c, i64 ldc, i64 rows,
-                          Ahead ahead = {}) {
+// c [rows][cp] = a [rows][k] @ weight [k][cp], plus base [rows][cp] with kBase. Each element is summed over k in
+// ascending order with one accumulator, whatever the number of rows; the base is added last. So a long sum (a gate: up
+// to 1,280 terms) is made of partial sums over one tap or source, and loses half as much as one running sum. c may
+// equal a when one group covers all channels (see covers_in_one_group).
+template <bool kBase, class Side>
+MEMNET_INLINE void matmul(const float *a, i64 lda, const float *weight, i64 cp, i64 k, const float *base, i64 ldb,
+                          float *c, i64 ldc, i64 rows, Side side) {
+  constexpr i64 width = kGroup * kLanes;
+  Nothing nothing;
   i64 left = cp / kLanes;
-  for (; left >= kGroup; left -= kGroup, weight += kGroup * kLanes, c += kGroup * kLanes) {
-    multiply_rows<kAccumulate, kGroup>(a, lda, weight, cp, k, c, ldc, rows, ahead);
-    ahead = {}; // once is enough
-  }
-  if constexpr (kGroup == 4) {
+  if (left >= kGroup) {
+    multiply_rows<kBase, kGroup>(a, lda, weight, cp, k, base, ldb, c, ldc, rows, side);
+    for (left -= kGroup, weight += width, base += kBase ? width : 0, c += width; left >= kGroup;
+         left -= kGroup, weight += width, base += kBase ? width : 0, c += width)
+      multiply_rows<kBase, kGroup>(a, lda, weight, cp, k, base, ldb, c, ldc, rows, nothing);
+    if constexpr (kGroup == 4) {
+      if (left == 3)
+        multiply_rows<kBase, 3>(a, lda, weight, cp, k, base, ldb, c, ldc, rows, nothing);
+      else if (left == 2)
+        multiply_rows<kBase, 2>(a, lda, weight, cp, k, base, ldb, c, ldc, rows, nothing);
+      else if (left == 1)
+        multiply_rows<kBase, 1>(a, lda, weight, cp, k, base, ldb, c, ldc, rows, nothing);
+    }
+  } else if constexpr (kGroup == 4) {
     if (left == 3)
-      multiply_rows<kAccumulate, 3>(a, lda, weight, cp, k, c, ldc, rows, ahead);
+      multiply_rows<kBase, 3>(a, lda, weight, cp, k, base, ldb, c, ldc, rows, side);
     else if (left == 2)
-      multiply_rows<kAccumulate, 2>(a, lda, weight, cp, k, c, ldc, rows, ahead);
+      multiply_rows<kBase, 2>(a, lda, weight, cp, k, base, ldb, c, ldc, rows, side);
     else if (left == 1)
-      multiply_rows<kAccumulate, 1>(a, lda, weight, cp, k, c, ldc, rows, ahead);
+      multiply_rows<kBase, 1>(a, lda, weight, cp, k, base, ldb, c, ldc, rows, side);
   }
+}
+
+// c = or += a @ weight.
+template <bool kAccumulate>
+MEMNET_INLINE void matmul(const float *a, i64 lda, const float *weight, i64 cp, i64 k, float *c, i64 ldc, i64 rows) {
+  matmul<kAccumulate>(a, lda, weight, cp, k, c, ldc, c, ldc, rows, Nothing{});
 }
 
 MEMNET_INLINE bool covers_in_one_group(i64 cp) { return cp <= kGroup * kLanes; }

@@ -67,12 +67,14 @@ inline void reconstruct(const Op &op, const Frame &frame) {
     head_sum += floats(op.head_weights)[m];
 #pragma omp parallel num_threads(frame.threads)
   {
+    Laps laps(frame);
     float *mixed = frame.scratch + omp_get_thread_num() * frame.scratch_floats;
 #pragma omp for schedule(static)
     for (i64 index = 0; index < blocks; ++index) {
       const Block block = block_at(shape, index);
       const i64 pitch = (block.cols + 2 * radius) * cp;
       mix_heads(op, frame, block, radius, mixed);
+      laps.end_of(kInput);
       for (i64 o = 0; o < cout; ++o) {
         const float *image = frame.image + (block.image * shape.cin + (shape.cin == 1 ? 0 : o)) * plane;
         float *out = frame.out + (block.image * cout + o) * plane;
@@ -96,7 +98,9 @@ inline void reconstruct(const Op &op, const Frame &frame) {
           }
         }
       }
+      laps.end_of(kProduct, 2 * block.rows * block.cols * cout * kernel * kernel * cp);
     }
+    laps.end_of(kWait);
   }
 }
 

@@ -1,11 +1,22 @@
 #include "runner.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <chrono>
 #include <stdexcept>
 
 #include "kernels.h"
 
 namespace memnet {
+
+std::int64_t nanoseconds() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
 namespace {
 
 constexpr std::int64_t kAlignment = 64;
@@ -34,7 +45,11 @@ std::vector<const Kernels *> runnable_kernels() {
 }
 
 const Kernels &choose_kernels(const std::string &isa) {
-  const std::vector<const Kernels *> found = runnable_kernels();
+  std::vector<const Kernels *> found = runnable_kernels();
+#ifdef MEMNET_AVX512_BF16
+  if (why_no_bf16().empty())
+    found.push_back(&avx512_bf16_kernels()); // behind the others: "auto" is fp32
+#endif
   std::string names;
   for (const Kernels *kernels : found) {
     if (isa == "auto" || isa == kernels->isa)
@@ -76,11 +91,28 @@ Layout lay_out(const Shape &shape, Algorithm algorithm, const Kernels &kernels, 
   layout.slot_floats = times(pixels, shape.cp);
   // Scratch holds a few rows or blocks; once a slot's bytes fit 64 bits thousandfold, its size cannot overflow either.
   times(layout.slot_floats, 4096);
-  layout.mid_floats = kernels.needs_mid(shape, algorithm, threads) ? layout.slot_floats : 0;
+  layout.mid_floats = kernels.mid_floats(shape, algorithm, threads);
   layout.scratch_floats = kernels.scratch_floats(shape, algorithm, threads);
   const std::int64_t slots = plus(times(layout.slot_floats, shape.num_slots), layout.mid_floats);
   layout.bytes = times(plus(slots, times(layout.scratch_floats, threads)), sizeof(float));
   return layout;
+}
+
+// Huge pages: 4 KB pages would fault tens of thousands of times in the first call, and the 64 points of a transform lie
+// on more pages than the first-level TLB holds. A hint; where it is refused, nothing changes but the time.
+void prefer_huge_pages(void *workspace, std::int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+  constexpr std::int64_t huge_page = 1 << 21;
+  if (bytes < 2 * huge_page)
+    return;
+  const std::uintptr_t first = reinterpret_cast<std::uintptr_t>(workspace) / page * page;
+  const std::uintptr_t last = (reinterpret_cast<std::uintptr_t>(workspace) + bytes + page - 1) / page * page;
+  madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)workspace;
+  (void)bytes;
+#endif
 }
 
 // One operation's arguments against the plan; `where` names the operation in messages.
@@ -139,6 +171,20 @@ std::vector<std::string> runnable_isas() {
   return names;
 }
 
+std::string why_no_bf16() {
+#if defined(MEMNET_AVX512_BF16)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+    return "";
+  return "this CPU has no AVX512-BF16";
+#elif defined(MEMNET_X86)
+  return "the compiler that built the native module knows no AVX512-BF16";
+#else
+  return "bf16 needs an x86-64 CPU with AVX512-BF16";
+#endif
+}
+
 Algorithm parse_algorithm(const std::string &name) {
   if (name == "direct")
     return Algorithm::kDirect;
@@ -152,7 +198,7 @@ std::int64_t workspace_bytes(const Shape &shape, Algorithm algorithm, const std:
 }
 
 void run(const Op *ops, std::size_t count, const Shape &shape, void *workspace, std::int64_t bytes, const float *image,
-         float *out, Algorithm algorithm, const std::string &isa, int threads, double *milliseconds) {
+         float *out, Algorithm algorithm, const std::string &isa, int threads, Times *times) {
   const Kernels &kernels = choose_kernels(isa);
   const Layout layout = lay_out(shape, algorithm, kernels, threads);
   require(workspace != nullptr, "the workspace pointer is null");
@@ -166,6 +212,7 @@ void run(const Op *ops, std::size_t count, const Shape &shape, void *workspace, 
   for (std::size_t i = 0; i < count; ++i)
     Checker{shape, "op " + std::to_string(i)}.check(ops[i]);
 
+  prefer_huge_pages(workspace, layout.bytes);
   Frame frame;
   frame.shape = shape;
   frame.algorithm = algorithm;
@@ -177,14 +224,29 @@ void run(const Op *ops, std::size_t count, const Shape &shape, void *workspace, 
   frame.mid = layout.mid_floats == 0 ? nullptr : behind;
   frame.scratch = behind + layout.mid_floats;
   frame.scratch_floats = layout.scratch_floats;
+  frame.times = nullptr;
   for (std::size_t i = 0; i < count; ++i) {
-    if (milliseconds == nullptr) {
+    if (times == nullptr) {
       kernels.run_op(ops[i], frame);
       continue;
     }
-    const auto start = std::chrono::steady_clock::now();
+    Times *whole = times + i * (static_cast<std::size_t>(threads) + 1);
+    frame.times = whole + 1;
+    whole->begin = nanoseconds();
     kernels.run_op(ops[i], frame);
-    milliseconds[i] = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+    whole->end = nanoseconds();
+  }
+}
+
+double multiply_add_rate(const std::string &isa, int threads, double seconds) {
+  const Kernels &kernels = choose_kernels(isa);
+  require(threads >= 1 && threads <= kMaxThreads, "threads must be in 1..1024");
+  require(seconds > 0.0 && seconds <= 10.0, "seconds must be above 0 and at most 10");
+  for (std::int64_t rounds = 1 << 16;; rounds *= 2) {
+    const std::int64_t begin = nanoseconds(), flop = kernels.multiply_add(threads, rounds);
+    const double took = 1e-9 * static_cast<double>(nanoseconds() - begin);
+    if (2 * took >= seconds)
+      return static_cast<double>(flop) / took;
   }
 }
 

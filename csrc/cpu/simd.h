@@ -91,7 +91,7 @@ MEMNET_INLINE float horizontal_sum(vec x) {
 MEMNET_INLINE float relu(float x) { return x < 0.0f ? 0.0f : x; }
 
 MEMNET_INLINE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
-MEMNET_INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+MEMNET_INLINE constexpr i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
 MEMNET_INLINE const float *floats(std::uint64_t address) { return reinterpret_cast<const float *>(address); }
 

@@ -1,42 +1,41 @@
-// The residual block by Winograd F(4x4, 3x3): 36 products per 4x4 tile and channel pair instead of 144.
+// The residual block by Winograd F(6x6, 3x3): which tiles are computed when, by whom, and where they lie.
 //
-// Points 0, +-sqrt(1/2), +-sqrt(2), infinity. In fp32 they lose about half as much as 0, +-1, +-2: the transforms'
-// entries stay closer to one. Weights come transformed (packing.pack_winograd); here are B^T d B and A^T m A.
-//
-// Both convolutions of a block run together down a band of the image. The tensor between them lives in a ring of a few
-// rows, so it never travels to memory. Where bands would be too thin for that, they run one after the other through
-// frame.mid. Every tile sees the same arithmetic either way: results do not depend on threads, bands or batch.
+// An image is cut into bands of rows, one for each thread, and a band into panels of columns. Both convolutions of a
+// block run together up a panel. The tensor between them lives in a ring of a few rows, so it never travels to memory;
+// a panel is so narrow that the ring stays in the cache. At the seam of two bands, the upper one leaves the last rows
+// of that tensor, which it computes first, for the lower one, which needs them last: nothing is computed twice but the
+// tiles beside a panel. Where bands would be too thin for that, the convolutions run one after the other through
+// frame.mid. Tiles lie on a grid that starts at the image's corner, and every tile sees the same arithmetic either way:
+// results do not depend on threads, bands, panels or batch.
 #pragma once
 
 #include <omp.h>
+#include <sched.h>
 
-#include "direct.h"
+#include "winograd_tile.h"
 
 namespace memnet::MEMNET_ISA {
 
-constexpr i64 kTile = 4;         // output pixels of a tile, per direction
-constexpr i64 kSpan = kTile + 2; // input pixels of a tile
-constexpr i64 kPoints = kSpan * kSpan;
-constexpr i64 kMinStagesPerBand = 4;
-constexpr float kSqrtHalf = 0.70710678118654752440f;
-constexpr float kSqrtTwo = 1.41421356237309504880f;
+constexpr i64 kMinStagesPerBand = 2; // those that a seam takes its rows from
+constexpr i64 kMaxPanel = 48; // tiles across; each inner edge repeats two columns of tiles of the first convolution
 
 // The geometry of one run. A stage is what one step of a band computes: `tall` rows of tiles.
 struct Tiling {
   i64 down, across; // tiles of an image
-  i64 group;        // tiles that are transformed and multiplied together
+  i64 group;        // most tiles that are transformed and multiplied together
   i64 tall;         // tile rows per stage
   i64 stages;       // per image
+  i64 panels;       // per band
   i64 bands;        // per image; 0: the convolutions run one after the other
 };
 
-// 24 tiles of 64 channels: 221 KB of transformed tiles share L2 with 590 KB of weights.
+// 24 tiles of 64 channels: 393 KB of transformed tiles stay in L2, and the weights, 1 MB, stream through it.
 constexpr i64 tiles_per_group(i64 cp) {
-  const i64 fit = 1536 / cp / kRows * kRows;
+  const i64 fit = 24 * 64 / cp / kRows * kRows;
   return fit < kRows ? kRows : fit > 48 ? 48 : fit;
 }
 
-// Not a multiple of 4 KB, or the 36 matrices would fall on the same cache sets.
+// Not a multiple of 4 KB, or the matrices of all points would fall on the same cache sets.
 constexpr i64 floats_per_point(i64 cp) { return tiles_per_group(cp) * cp + 16; }
 
 MEMNET_INLINE Tiling tiling(const Shape &shape, i64 threads) {
@@ -46,16 +45,15 @@ MEMNET_INLINE Tiling tiling(const Shape &shape, i64 threads) {
   t.group = tiles_per_group(shape.cp);
   t.tall = t.across >= t.group ? 1 : smaller(t.down, t.group / t.across);
   t.stages = ceil_div(t.down, t.tall);
-  // Few bands repeat little (each computes a stage more of the first convolution at either inner end); many bands
-  // balance the threads. Pick the cheapest in units of one stage of one convolution.
+  t.panels = ceil_div(t.across, kMaxPanel);
+  // Pick the cheapest in units of one stage of one convolution.
   t.bands = 0;
   i64 best = 2 * ceil_div(shape.n * t.stages, threads);
   for (i64 bands = 1; bands <= threads; ++bands) {
     const i64 height = ceil_div(t.stages, bands);
-    if (height < kMinStagesPerBand && bands > 1)
+    if (t.stages / bands < kMinStagesPerBand && bands > 1)
       break;
-    const i64 repeated = bands == 1 ? 0 : bands == 2 ? 1 : 2;
-    const i64 cost = ceil_div(shape.n * bands, threads) * (2 * height + repeated);
+    const i64 cost = ceil_div(shape.n * bands, threads) * 2 * height;
     // The ring saves about an eighth of the time (README.md).
     if (t.bands == 0 ? cost * 7 <= best * 8 : cost < best) {
       best = cost;
@@ -65,277 +63,271 @@ MEMNET_INLINE Tiling tiling(const Shape &shape, i64 threads) {
   return t;
 }
 
-MEMNET_INLINE i64 ring_rows(const Tiling &t) { return 3 * t.tall * kTile; }
+// The lowest stage and the one behind the last of a band. The last band computes one stage more of the second
+// convolution than of the first, and the first band one less, so bands that cannot be equal are higher at the top.
+MEMNET_INLINE i64 first_stage(const Tiling &t, i64 band) { return ceil_div(t.stages * band, t.bands); }
+
+// When the first convolution has written stage s - 1, the second still needs stage s and a row on either side of it;
+// at a seam, it needs one row more above stage s - 1.
+MEMNET_INLINE i64 ring_rows(const Tiling &t) { return 2 * t.tall * kTile + 2; }
+
+// With a column of tiles of either neighbour.
+MEMNET_INLINE i64 ring_columns(const Tiling &t, i64 w) {
+  return smaller(w, (ceil_div(t.across, t.panels) + 2) * kTile);
+}
+
+// The rows of a stage and the row above it.
+MEMNET_INLINE i64 seam_rows(const Tiling &t) { return t.tall * kTile + 1; }
+
+// Transformed tiles [kPoints][floats_per_point], one tile before its transform [kPoints][Cp], a copy of one matrix.
+MEMNET_INLINE i64 group_scratch(const Tiling &t, i64 cp) {
+  return kPoints * floats_per_point(cp) + (kPoints + t.group) * cp;
+}
 
 MEMNET_INLINE i64 winograd_scratch(const Shape &shape, i64 threads) {
   const Tiling t = tiling(shape, threads);
-  const i64 ring = t.bands == 0 ? 0 : ring_rows(t) * shape.w * shape.cp;
-  return kPoints * floats_per_point(shape.cp) + (kPoints + t.group) * shape.cp + ring;
+  const i64 ring = t.bands == 0 ? 0 : ring_rows(t) * ring_columns(t, shape.w) * shape.cp;
+  return group_scratch(t, shape.cp) + ring;
 }
 
-// t = B^T d
-MEMNET_INLINE void input_points(const vec (&d)[kSpan], vec (&t)[kSpan]) {
-  const vec half = broadcast(0.5f), two = broadcast(2.0f), both = broadcast(2.5f);
-  t[0] = fnma(both, d[2], d[0] + d[4]);
-  const vec a = fnma(two, d[2], d[4]), b = fnma(two, d[1], d[3]);
-  t[1] = fma(broadcast(kSqrtHalf), b, a);
-  t[2] = fnma(broadcast(kSqrtHalf), b, a);
-  const vec e = fnma(half, d[2], d[4]), f = fnma(half, d[1], d[3]);
-  t[3] = fma(broadcast(kSqrtTwo), f, e);
-  t[4] = fnma(broadcast(kSqrtTwo), f, e);
-  t[5] = fnma(both, d[3], d[1] + d[5]);
+// What one band leaves for the one below it: a cache line that counts the panels which are there, and the panels.
+MEMNET_INLINE i64 seam_floats(const Tiling &t, const Shape &shape) {
+  return 16 + t.panels * seam_rows(t) * ring_columns(t, shape.w) * shape.cp;
 }
 
-// y = A^T m
-MEMNET_INLINE void output_points(const vec (&m)[kSpan], vec (&y)[kTile]) {
-  const vec p = m[1] + m[2], q = m[1] - m[2], r = m[3] + m[4], s = m[3] - m[4];
-  y[0] = m[0] + (p + r);
-  y[1] = fma(broadcast(kSqrtTwo), s, broadcast(kSqrtHalf) * q);
-  y[2] = fma(broadcast(2.0f), r, broadcast(0.5f) * p);
-  y[3] = fma(broadcast(2.0f * kSqrtTwo), s, fma(broadcast(0.5f * kSqrtHalf), q, m[5]));
+// frame.mid: the whole tensor between the convolutions, or the seams of all bands.
+MEMNET_INLINE i64 winograd_mid(const Shape &shape, i64 threads) {
+  const Tiling t = tiling(shape, threads);
+  if (t.bands == 0)
+    return shape.n * shape.h * shape.w * shape.cp;
+  return t.bands == 1 ? 0 : shape.n * t.bands * seam_floats(t, shape);
 }
 
-// tile: six pixels from each of six rows, column offset already added; points: [36] matrices point_stride apart, at
-// this tile's row.
-template <bool kActivate>
-MEMNET_INLINE void transform_input(const float *const (&rows)[kSpan], i64 cp, const float *scale, const float *shift,
-                                   float *points, i64 point_stride) {
-  for (i64 c = 0; c < cp; c += kLanes) {
-    vec columns[kSpan][kSpan];
-    vec s = zero(), t = zero();
-    if constexpr (kActivate) {
-      s = load(scale + c);
-      t = load(shift + c);
-    }
-#pragma GCC unroll 6
-    for (int x = 0; x < kSpan; ++x) {
-      vec d[kSpan], u[kSpan];
-#pragma GCC unroll 6
-      for (int y = 0; y < kSpan; ++y) {
-        d[y] = load(rows[y] + x * cp + c);
-        if constexpr (kActivate)
-          d[y] = relu(fma(d[y], s, t));
-      }
-      input_points(d, u);
-#pragma GCC unroll 6
-      for (int y = 0; y < kSpan; ++y)
-        columns[y][x] = u[y];
-    }
-#pragma GCC unroll 6
-    for (int y = 0; y < kSpan; ++y) {
-      vec u[kSpan];
-      input_points(columns[y], u);
-#pragma GCC unroll 6
-      for (int x = 0; x < kSpan; ++x)
-        store(points + (y * kSpan + x) * point_stride + c, u[x]);
-    }
-  }
-}
+// Tiles of one stage that are computed together: count tiles from the start-th on, row by row, of tile rows [row, ...)
+// and tile columns [first, first + width).
+struct Group {
+  i64 row, first, width, start, count;
 
-// The same for a tile that crosses the edge: its activated pixels with their zero padding are laid out in edge [36][Cp]
-// first. rows may be null.
-template <bool kActivate>
-void transform_edge(const float *const (&rows)[kSpan], i64 x0, i64 w, i64 cp, const float *scale, const float *shift,
-                    float *edge, float *points, i64 point_stride) {
-  const float *edge_rows[kSpan];
-  for (i64 y = 0; y < kSpan; ++y) {
-    edge_rows[y] = edge + y * kSpan * cp;
-    for (i64 x = 0; x < kSpan; ++x) {
-      const bool inside = rows[y] != nullptr && x0 + x >= 0 && x0 + x < w;
-      for (i64 c = 0; c < cp; c += kLanes) {
-        vec value = zero();
-        if (inside) {
-          value = load(rows[y] + (x0 + x) * cp + c);
-          if constexpr (kActivate)
-            value = relu(fma(value, load(scale + c), load(shift + c)));
-        }
-        store(edge + (y * kSpan + x) * cp + c, value);
-      }
-    }
-  }
-  transform_input<false>(edge_rows, cp, scale, shift, points, point_stride);
-}
-
-template <Stage kStage>
-MEMNET_INLINE void transform_output(const float *points, i64 point_stride, i64 cp, const float *bias,
-                                    float *const (&rows)[kTile], const float *const (&skips)[kTile], i64 height,
-                                    i64 width) {
-  for (i64 c = 0; c < cp; c += kLanes) {
-    vec columns[kTile][kSpan];
-#pragma GCC unroll 6
-    for (int x = 0; x < kSpan; ++x) {
-      vec m[kSpan], u[kTile];
-#pragma GCC unroll 6
-      for (int y = 0; y < kSpan; ++y)
-        m[y] = load(points + (y * kSpan + x) * point_stride + c);
-      output_points(m, u);
-#pragma GCC unroll 4
-      for (int y = 0; y < kTile; ++y)
-        columns[y][x] = u[y];
-    }
-    const vec b = load(bias + c);
-#pragma GCC unroll 4
-    for (int y = 0; y < kTile; ++y) {
-      if (y >= height)
-        break;
-      vec u[kTile];
-      output_points(columns[y], u);
-#pragma GCC unroll 4
-      for (int x = 0; x < kTile; ++x) {
-        if (x >= width)
-          break;
-        const vec value = u[x] + b;
-        store(rows[y] + x * cp + c, kStage == Stage::kFirst ? relu(value) : value + load(skips[y] + x * cp + c));
-      }
-    }
-  }
-}
-
-// One convolution of a residual block, seen by one thread. A tensor row y lies at base + y % ring * pitch.
-struct Rows {
-  float *base;
-  i64 ring;
+  MEMNET_INLINE i64 y(i64 i) const { return (row + (start + i) / width) * kTile; } // output pixel
+  MEMNET_INLINE i64 x(i64 i) const { return (first + (start + i) % width) * kTile; }
 };
 
-MEMNET_INLINE float *row_at(const Rows &rows, i64 y, i64 pitch) { return rows.base + y % rows.ring * pitch; }
+// What to prefetch during the product of point k, so that the transforms do not wait for memory: `rows` rows from pixel
+// (y, x) on, `floats` of each, shared out evenly over the points and the rows of their products, in whole cache lines.
+// A prefetch may run past a row or the image; it never faults.
+struct Share {
+  i64 y, x, floats;
+};
 
-// What to prefetch during the product of point k, so that the transforms do not wait for memory: the 36 products of a
-// group share its rows out evenly, and each register block takes its part. Only for groups within one row of tiles. A
-// prefetch may run past a row or the image; it never faults.
-//
-// Six rows of the next group's input, six points each.
-MEMNET_INLINE Ahead upcoming_input(i64 k, i64 next, const Tiling &t, i64 h, const Rows &src, i64 cp, i64 pitch) {
-  const i64 y = next / t.across * kTile - 1 + k / 6;
-  if (t.tall > 1 || y < 0 || y >= h)
-    return {};
-  const i64 part = 4 * cp; // 6 rows * 4 group pixels * cp / (36 points * group / 6 blocks)
-  const i64 offset = next % t.across * kTile * cp + k % 6 * (t.group / kRows) * part;
-  return {row_at(src, y, pitch) + offset, nullptr, part};
+MEMNET_INLINE Share share_of(i64 k, i64 count, i64 y, i64 x, i64 rows, i64 floats, i64 h, i64 cp) {
+  const i64 points = kPoints / rows, row = k / points;
+  if (row >= rows || y + row < 0 || y + row >= h)
+    return {0, 0, 0};
+  const i64 step = ceil_div(floats, points * count * 16) * 16;
+  return {y + row, x + k % points * count * step / cp, step};
 }
 
-// Four rows of this group's skip and destination, nine points each.
-MEMNET_INLINE Ahead upcoming_output(i64 k, i64 start, const Tiling &t, i64 h, const Rows &skip, const Rows &dst, i64 cp,
-                                    i64 pitch) {
-  const i64 y = start / t.across * kTile + k / 9;
-  if (t.tall > 1 || y >= h)
-    return {};
-  const i64 part =
-      ceil_div(8 * cp, 48) * 16; // 4 rows * 4 group pixels * cp / (36 points * group / 6 blocks), whole lines
-  const i64 offset = start % t.across * kTile * cp + k % 9 * (t.group / kRows) * part;
-  return {row_at(skip, y, pitch) + offset, row_at(dst, y, pitch) + offset, part};
+// The input of the group behind this one: stages follow one another upwards. Where a stage is one group (tall > 1), its
+// rows lie one behind the other.
+MEMNET_INLINE Ahead upcoming_input(i64 k, const Tiling &t, const Group &group, const Shape &shape, const Plane &src) {
+  const i64 cp = shape.cp;
+  Share share;
+  if (t.tall > 1) {
+    share = share_of(k, group.count, (group.row - t.tall) * kTile, 0, 1, t.tall * kTile * src.pitch, shape.h, cp);
+  } else {
+    const i64 start = group.start + group.count;
+    const bool above = start >= group.width;
+    const Group next{group.row - above, group.first, group.width, above ? 0 : start, group.count};
+    share = share_of(k, group.count, next.y(0) - 1, next.x(0), kSpan, kTile * group.count * cp, shape.h, cp);
+  }
+  return {share.floats == 0 ? nullptr : pixel_at(src, share.y, share.x, cp), nullptr, share.floats};
 }
 
-// Computes tile rows [stage * tall, ...) of one image. src, dst, skip: rows of [H, W, Cp].
+// Where this group's output goes, and the skip that is added to it.
+MEMNET_INLINE Ahead upcoming_output(i64 k, const Tiling &t, const Group &group, const Shape &shape, const Plane &skip,
+                                    const Plane &dst) {
+  const i64 cp = shape.cp, y = group.row * kTile;
+  const Share share =
+      t.tall > 1 ? share_of(k, group.count, y, 0, 1, smaller(t.tall * kTile, shape.h - y) * dst.pitch, shape.h, cp)
+                 : share_of(k, group.count, y, group.x(0), kTile, kTile * group.count * cp, shape.h, cp);
+  if (share.floats == 0)
+    return {};
+  return {pixel_at(skip, share.y, share.x, cp), pixel_at(dst, share.y, share.x, cp), share.floats};
+}
+
+struct Conv {
+  const float *scale, *shift, *weight, *bias;
+};
+
+// One convolution of a residual block, by one thread, for one group.
 // kCp: the padded channels where they are known beforehand, which leaves no address to compute in the transforms; or 0.
 template <Stage kStage, int kCp>
-void winograd_stage(const Shape &shape, const Tiling &t, i64 stage, const Rows &src, const Rows &dst, const Rows &skip,
-                    const float *scale, const float *shift, const float *weight, const float *bias, float *scratch) {
-  const i64 cp = kCp != 0 ? kCp : shape.cp, pitch = shape.w * cp, point_stride = floats_per_point(cp);
+void winograd_group(const Shape &shape, const Tiling &t, const Group &group, const Plane &src, const Plane &dst,
+                    const Plane &skip, const Conv &conv, float *scratch, Laps &laps) {
+  const i64 cp = kCp != 0 ? kCp : shape.cp, point_stride = floats_per_point(cp);
   float *points = scratch, *edge = points + kPoints * point_stride, *copy = edge + kPoints * cp;
-  const i64 first = stage * t.tall * t.across;
-  const i64 last = smaller(t.down, (stage + 1) * t.tall) * t.across;
-  for (i64 start = first; start < last; start += t.group) {
-    const i64 count = smaller(t.group, last - start);
-    for (i64 i = 0; i < count; ++i) {
-      const i64 y0 = (start + i) / t.across * kTile - 1, x0 = (start + i) % t.across * kTile - 1;
-      const float *rows[kSpan];
-      bool inside = x0 >= 0 && x0 + kSpan <= shape.w;
-      for (i64 y = 0; y < kSpan; ++y) {
-        const bool exists = y0 + y >= 0 && y0 + y < shape.h;
-        rows[y] = exists ? row_at(src, y0 + y, pitch) : nullptr;
-        inside = inside && exists;
-      }
-      float *tile = points + i * cp;
-      if (!inside) {
-        transform_edge<kStage == Stage::kFirst>(rows, x0, shape.w, cp, scale, shift, edge, tile, point_stride);
-        continue;
-      }
-      for (i64 y = 0; y < kSpan; ++y)
-        rows[y] += x0 * cp;
-      transform_input<kStage == Stage::kFirst>(rows, cp, scale, shift, tile, point_stride);
+  for (i64 i = 0; i < group.count; ++i) {
+    const i64 y0 = group.y(i) - 1, x0 = group.x(i) - 1;
+    float *tile = points + i * cp;
+    if (y0 < 0 || x0 < 0 || y0 + kSpan > shape.h || x0 + kSpan > shape.w) {
+      transform_edge<kStage == Stage::kFirst>(src, y0, x0, shape.h, shape.w, cp, conv.scale, conv.shift, edge, tile,
+                                              point_stride);
+      continue;
     }
-    for (i64 k = 0; k < kPoints; ++k) {
-      float *matrix = points + k * point_stride;
-      const float *input = matrix;
-      if (!covers_in_one_group(cp)) {
-        // The product overwrites its input, and the second group of output channels still needs it.
-        for (i64 i = 0; i < count * cp; i += kLanes)
-          store(copy + i, load(matrix + i));
-        input = copy;
-      }
-      Ahead ahead;
-      if constexpr (kStage == Stage::kSecond)
-        ahead = upcoming_output(k, start, t, shape.h, skip, dst, cp, pitch);
-      else
-        ahead = upcoming_input(k, start + count, t, shape.h, src, cp, pitch);
-      matmul<false>(input, cp, weight + k * cp * cp, cp, cp, matrix, cp, count, ahead);
+    const float *rows[kSpan];
+    for (i64 y = 0; y < kSpan; ++y)
+      rows[y] = pixel_at(src, y0 + y, x0, cp);
+    transform_input<kStage == Stage::kFirst>(rows, cp, conv.scale, conv.shift, tile, point_stride);
+  }
+  laps.end_of(kInput);
+  for (i64 k = 0; k < kPoints; ++k) {
+    float *matrix = points + k * point_stride;
+    const float *input = matrix;
+    if (!covers_in_one_group(cp)) {
+      // The product overwrites its input, and the second group of output channels still needs it.
+      for (i64 i = 0; i < group.count * cp; i += kLanes)
+        store(copy + i, load(matrix + i));
+      input = copy;
     }
-    for (i64 i = 0; i < count; ++i) {
-      const i64 y0 = (start + i) / t.across * kTile, x0 = (start + i) % t.across * kTile;
-      const i64 height = smaller(kTile, shape.h - y0), width = smaller(kTile, shape.w - x0);
-      float *rows[kTile];
-      const float *skips[kTile];
-      for (i64 y = 0; y < height; ++y) {
-        rows[y] = row_at(dst, y0 + y, pitch) + x0 * cp;
-        skips[y] = kStage == Stage::kFirst ? nullptr : row_at(skip, y0 + y, pitch) + x0 * cp;
-      }
-      if (height == kTile && width == kTile)
-        transform_output<kStage>(points + i * cp, point_stride, cp, bias, rows, skips, kTile, kTile);
-      else
-        transform_output<kStage>(points + i * cp, point_stride, cp, bias, rows, skips, height, width);
+    const Ahead ahead = kStage == Stage::kSecond ? upcoming_output(k, t, group, shape, skip, dst)
+                                                 : upcoming_input(k, t, group, shape, src);
+    matmul<false>(input, cp, conv.weight + k * cp * cp, cp, cp, nullptr, 0, matrix, cp, group.count, ahead);
+  }
+  laps.end_of(kProduct, 2 * kPoints * group.count * cp * cp);
+  for (i64 i = 0; i < group.count; ++i) {
+    const i64 y0 = group.y(i), x0 = group.x(i);
+    const i64 height = smaller(kTile, shape.h - y0), width = smaller(kTile, shape.w - x0);
+    float *rows[kTile];
+    const float *skips[kTile];
+    for (i64 y = 0; y < height; ++y) {
+      rows[y] = pixel_at(dst, y0 + y, x0, cp);
+      skips[y] = kStage == Stage::kFirst ? nullptr : pixel_at(skip, y0 + y, x0, cp);
     }
+    if (height == kTile && width == kTile)
+      transform_output<kStage>(points + i * cp, point_stride, cp, conv.bias, rows, skips, kTile, kTile);
+    else
+      transform_output<kStage>(points + i * cp, point_stride, cp, conv.bias, rows, skips, height, width);
+  }
+  laps.end_of(kOutput);
+}
+
+// Tile rows [stage * tall, ...) and tile columns [first, last) of one image, in groups of nearly equal size.
+template <Stage kStage, int kCp>
+void winograd_stage(const Shape &shape, const Tiling &t, i64 stage, i64 first, i64 last, const Plane &src,
+                    const Plane &dst, const Plane &skip, const Conv &conv, float *scratch, Laps &laps) {
+  const i64 row = stage * t.tall, width = last - first;
+  const i64 tiles = smaller(t.tall, t.down - row) * width, groups = ceil_div(tiles, t.group);
+  for (i64 g = 0; g < groups; ++g) {
+    const i64 start = tiles * g / groups;
+    const Group group{row, first, width, start, tiles * (g + 1) / groups - start};
+    winograd_group<kStage, kCp>(shape, t, group, src, dst, skip, conv, scratch, laps);
   }
 }
 
-template <int kCp> void winograd_bands(const Op &op, const Frame &frame) {
+// The seam below one band, for the columns of the ring.
+struct Seam {
+  float *floats; // as seam_floats says
+
+  // Panels that are there. Only for the threads of one operation; begins at zero.
+  MEMNET_INLINE i64 *count() const { return reinterpret_cast<i64 *>(floats); }
+  MEMNET_INLINE float *panel(i64 index, i64 rows, i64 pitch) const { return floats + 16 + index * rows * pitch; }
+};
+
+// Rows [first, first + rows) of a ring to or from a panel of a seam.
+template <bool kSave> MEMNET_INLINE void copy_rows(const Plane &ring, i64 first, i64 rows, float *panel) {
+  for (i64 y = 0; y < rows; ++y) {
+    float *row = ring.base + (first + y) % ring.ring * ring.pitch, *kept = panel + y * ring.pitch;
+    for (i64 i = 0; i < ring.pitch; i += kLanes)
+      kSave ? store(kept + i, load(row + i)) : store(row + i, load(kept + i));
+  }
+}
+
+// Both convolutions of one band of one image. above, below: the seams at its ends.
+template <int kCp>
+void winograd_band(const Shape &shape, const Tiling &t, i64 band, const Plane &src, const Plane &dst, const Conv &a,
+                   const Conv &b, Seam above, Seam below, float *scratch, Laps &laps) {
+  const i64 top = first_stage(t, band), bottom = first_stage(t, band + 1), rows = seam_rows(t);
+  const bool lowest = band == t.bands - 1;
+  Plane mid{scratch + group_scratch(t, shape.cp), ring_rows(t), ring_columns(t, shape.w) * shape.cp, 0};
+  for (i64 panel = 0; panel < t.panels; ++panel) {
+    const i64 first = t.across * panel / t.panels, last = t.across * (panel + 1) / t.panels;
+    const i64 before = first == 0 ? 0 : first - 1, behind = smaller(t.across, last + 1);
+    mid.left = before * kTile;
+    const auto second = [&](i64 stage) {
+      winograd_stage<Stage::kSecond, kCp>(shape, t, stage, first, last, mid, dst, src, b, scratch, laps);
+    };
+    // The second convolution follows one stage behind: it needs the last row of the stage above.
+    for (i64 stage = bottom - 1; stage >= top; --stage) {
+      winograd_stage<Stage::kFirst, kCp>(shape, t, stage, before, behind, src, mid, {}, a, scratch, laps);
+      if (!lowest && stage == bottom - 2) {
+        copy_rows<true>(mid, (bottom - 1) * t.tall * kTile - 1, rows, below.panel(panel, rows, mid.pitch));
+        __atomic_store_n(below.count(), panel + 1, __ATOMIC_RELEASE);
+        laps.end_of(kOutput);
+      }
+      if (stage + 1 < bottom - (lowest ? 0 : 1))
+        second(stage + 1);
+    }
+    if (band == 0) {
+      second(0);
+      continue;
+    }
+    // The band above has left its panel long ago, unless its thread was held up.
+    while (__atomic_load_n(above.count(), __ATOMIC_ACQUIRE) <= panel)
+      sched_yield();
+    laps.end_of(kWait);
+    copy_rows<false>(mid, (top - 1) * t.tall * kTile - 1, rows, above.panel(panel, rows, mid.pitch));
+    laps.end_of(kInput);
+    second(top);
+    second(top - 1);
+  }
+}
+
+template <int kCp> void winograd_convs(const Op &op, const Frame &frame) {
   const Shape &shape = frame.shape;
   const Tiling t = tiling(shape, frame.threads);
-  const i64 plane = shape.h * shape.w * shape.cp;
+  const i64 pitch = shape.w * shape.cp, units = shape.n * (t.bands == 0 ? t.stages : t.bands);
   float *src = slot_at(frame, op.src), *dst = slot_at(frame, op.dst);
-  const float *scale = floats(op.scale), *shift = floats(op.shift);
-  const float *weight_a = floats(op.weight_a), *bias_a = floats(op.bias_a);
-  const float *weight_b = floats(op.weight_b), *bias_b = floats(op.bias_b);
+  const Conv a{floats(op.scale), floats(op.shift), floats(op.weight_a), floats(op.bias_a)};
+  const Conv b{nullptr, nullptr, floats(op.weight_b), floats(op.bias_b)};
+  const auto plane = [&](float *slot, i64 image) { return Plane{slot + image * shape.h * pitch, shape.h, pitch, 0}; };
+  // Below band `unit`; not looked at where there is no such band.
+  const auto seam = [&](i64 unit) { return Seam{frame.mid + (unit < 0 ? 0 : unit) * seam_floats(t, shape)}; };
+  if (t.bands > 1)
+    for (i64 unit = 0; unit < units; ++unit)
+      *seam(unit).count() = 0;
 #pragma omp parallel num_threads(frame.threads)
   {
+    Laps laps(frame);
     float *scratch = frame.scratch + omp_get_thread_num() * frame.scratch_floats;
     if (t.bands == 0) {
+      const auto stage_of = [&](i64 unit) { return t.stages - 1 - unit % t.stages; };
 #pragma omp for schedule(static)
-      for (i64 i = 0; i < shape.n * t.stages; ++i) {
-        const i64 at = i / t.stages * plane;
-        winograd_stage<Stage::kFirst, kCp>(shape, t, i % t.stages, {src + at, shape.h}, {frame.mid + at, shape.h}, {},
-                                           scale, shift, weight_a, bias_a, scratch);
-      }
+      for (i64 i = 0; i < units; ++i)
+        winograd_stage<Stage::kFirst, kCp>(shape, t, stage_of(i), 0, t.across, plane(src, i / t.stages),
+                                           plane(frame.mid, i / t.stages), {}, a, scratch, laps);
+      laps.end_of(kWait);
 #pragma omp for schedule(static)
-      for (i64 i = 0; i < shape.n * t.stages; ++i) {
-        const i64 at = i / t.stages * plane;
-        winograd_stage<Stage::kSecond, kCp>(shape, t, i % t.stages, {frame.mid + at, shape.h}, {dst + at, shape.h},
-                                            {src + at, shape.h}, nullptr, nullptr, weight_b, bias_b, scratch);
-      }
+      for (i64 i = 0; i < units; ++i)
+        winograd_stage<Stage::kSecond, kCp>(shape, t, stage_of(i), 0, t.across, plane(frame.mid, i / t.stages),
+                                            plane(dst, i / t.stages), plane(src, i / t.stages), b, scratch, laps);
     } else {
-      const Rows mid{scratch + kPoints * floats_per_point(shape.cp) + (kPoints + t.group) * shape.cp, ring_rows(t)};
-#pragma omp for schedule(static)
-      for (i64 i = 0; i < shape.n * t.bands; ++i) {
-        const i64 at = i / t.bands * plane, band = i % t.bands;
-        const i64 first = t.stages * band / t.bands, last = t.stages * (band + 1) / t.bands;
-        const Rows from{src + at, shape.h}, to{dst + at, shape.h};
-        // The second convolution follows one stage behind: it needs the first row of the stage below it.
-        for (i64 stage = first - 1; stage <= last; ++stage) {
-          if (stage >= 0 && stage < t.stages)
-            winograd_stage<Stage::kFirst, kCp>(shape, t, stage, from, mid, {}, scale, shift, weight_a, bias_a, scratch);
-          if (stage - 1 >= first)
-            winograd_stage<Stage::kSecond, kCp>(shape, t, stage - 1, mid, to, from, nullptr, nullptr, weight_b, bias_b,
-                                                scratch);
-        }
-      }
+      // A band waits for the one before it alone. Each thread takes its bands in ascending order, so whatever the
+      // number of threads, the first band that is not finished can go on; and in turn, so neighbours run at the same
+      // time.
+#pragma omp for schedule(static, 1)
+      for (i64 i = 0; i < units; ++i)
+        winograd_band<kCp>(shape, t, i % t.bands, plane(src, i / t.bands), plane(dst, i / t.bands), a, b, seam(i - 1),
+                           seam(i), scratch, laps);
     }
+    laps.end_of(kWait);
   }
 }
 
 inline void winograd_block(const Op &op, const Frame &frame) {
   if (frame.shape.cp == 64)
-    winograd_bands<64>(op, frame);
+    winograd_convs<64>(op, frame);
   else
-    winograd_bands<0>(op, frame);
+    winograd_convs<0>(op, frame);
 }
 
 } // namespace memnet::MEMNET_ISA

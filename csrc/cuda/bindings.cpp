@@ -92,6 +92,27 @@ PYBIND11_MODULE(_native_cuda, m) {
           },
           py::arg("stream"));
 
+  py::class_<Timeline>(m, "Timeline", "When each launch of one call ran; given to Plan.run.")
+      .def(py::init<std::vector<std::string>>(), py::arg("names"), "names: of the operations, for NVTX ranges.")
+      .def(
+          "rows",
+          [](Timeline &timeline) {
+            std::vector<Timeline::Row> rows;
+            cudaError_t error;
+            {
+              py::gil_scoped_release release;
+              error = timeline.finish(rows);
+            }
+            if (error != cudaSuccess)
+              throw Error(std::string("timeline: ") + cudaGetErrorString(error));
+            py::list list;
+            for (const Timeline::Row &row : rows)
+              list.append(py::make_tuple(row.op, row.name, row.begin, row.end, row.host_begin, row.host_end));
+            return list;
+          },
+          "Waits for the call. (operation or -1, name, begin and end in ms on the device, begin and end in ns on the "
+          "host) of each launch.");
+
   py::class_<PlanAndSize>(m, "Plan", "A network without addresses; memnet_fast/backends/cuda_tables.py describes it.")
       .def(py::init([](bool bf16, bool fp8, bool hopper, std::int64_t cin, std::int64_t cout, std::int32_t num_slots,
                        std::int64_t num_parameters, std::int64_t packed_bytes, std::int64_t fold_count,
@@ -143,15 +164,17 @@ PYBIND11_MODULE(_native_cuda, m) {
              std::int64_t workspace_bytes,          // at least workspace_bytes(n, h, w)
              std::uint64_t image,                   // [N, Cin, H, W] fp32, contiguous
              std::uint64_t out,                     // [N, Cout, H, W] fp32, contiguous
-             std::int64_t n, std::int64_t h, std::int64_t w) {
-            const Call call =
+             std::int64_t n, std::int64_t h, std::int64_t w,
+             Timeline *timeline) { // or None
+            Call call =
                 call_of(self, device, stream, addresses, types, workspace, workspace_bytes, image, out, n, h, w);
+            call.timeline = timeline;
             py::gil_scoped_release release;
             self.plan.run(call);
           },
           py::arg("device"), py::arg("stream"), py::arg("addresses").noconvert(), py::arg("types").noconvert(),
           py::arg("workspace"), py::arg("workspace_bytes"), py::arg("image"), py::arg("out"), py::arg("n"),
-          py::arg("h"), py::arg("w"), "Enqueues the whole network and returns.")
+          py::arg("h"), py::arg("w"), py::arg("timeline") = py::none(), "Enqueues the whole network and returns.")
       .def(
           "capture",
           [](const PlanAndSize &self, int device, const Array<std::uint64_t> &addresses,

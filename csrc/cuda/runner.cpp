@@ -194,6 +194,9 @@ void Plan::check(const Call &call) const {
 
 void Plan::run(const Call &call) const {
   check(call);
+  require(call.timeline == nullptr ||
+              (call.timeline->operations() == description_.ops.size() && !call.timeline->used()),
+          "a timeline serves one call, and names each operation");
   const RelaxedCapture relaxed; // before the first call that may begin a context
   use_device(call.device);
   enqueue(call, on_device(call.device));
@@ -274,9 +277,11 @@ void Plan::enqueue(const Call &call, const OnDevice &here) const {
   const std::int64_t packed_at = rounded_up(slot * description_.num_slots, kPartAlignment);
   auto *packed = at<unsigned char>(call.workspace, packed_at);
   auto *fold = at<double>(call.workspace, packed_at + description_.packed_bytes);
+  const TimedCall whole(call.timeline, call.stream);
   pack_weights(call, here, packed, fold);
   for (std::size_t i = 0; i < description_.ops.size(); ++i) {
     const Op &op = description_.ops[i];
+    const Timed timed(call.timeline, call.stream, static_cast<std::int32_t>(i));
     const cudaError_t error = launch(op, i == 0, call, here, packed);
     if (error != cudaSuccess)
       check_cuda(error, "op " + std::to_string(i) + " (" + kNames[op.kind] + ")");
@@ -301,6 +306,7 @@ void Plan::pack_weights(const Call &call, const OnDevice &here, unsigned char *p
       set(params.sources, i, description_.fold_sources[static_cast<std::size_t>(part.first) * kSourcesPerFold + i]);
     params.jobs = here.fold_jobs + part.first;
     params.fold = fold_values;
+    const Timed timed(call.timeline, call.stream, -1, "weights: fold");
     check_cuda(fold(params, part.count, call.stream), "folding of weights");
   }
   for (const Launch &part : quantisings_) {
@@ -311,6 +317,7 @@ void Plan::pack_weights(const Call &call, const OnDevice &here, unsigned char *p
     params.rows = description_.quantise_jobs[0].rows;
     params.fold = fold_values;
     params.packed = packed;
+    const Timed timed(call.timeline, call.stream, -1, "weights: quantise");
     check_cuda(quantise(params, part.count, call.stream), "quantising of weights");
   }
   for (const Launch &part : packs_) {
@@ -323,6 +330,7 @@ void Plan::pack_weights(const Call &call, const OnDevice &here, unsigned char *p
     params.maps = here.maps;
     params.fold = fold_values;
     params.packed = packed;
+    const Timed timed(call.timeline, call.stream, -1, "weights: pack");
     check_cuda(pack(params, part.chunks, call.stream), "packing of weights");
   }
 }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "pack.h"
+#include "timeline.h"
 
 namespace memnet::cuda {
 
@@ -71,6 +72,7 @@ struct Call {
   const float *image; // [N, Cin, H, W]
   float *out;         // [N, Cout, H, W]
   std::int64_t n, h, w;
+  Timeline *timeline; // null: nobody asks. Not for a stream under capture, whose events tell no time
 };
 
 // What the driver or a launch said; `what()` names the operation.

@@ -13,6 +13,7 @@ and `choose` is the one ladder that picks among them.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Protocol
@@ -25,6 +26,7 @@ from memnet_fast.backends import cpu, cuda, torch, triton
 from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import BackendUnavailable, InputError
 from memnet_fast.parameters import Parameters
+from memnet_fast.timing import Timing
 
 LADDER: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "torch": torch}
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp8")
@@ -39,6 +41,10 @@ class Packed(Protocol):
 
     def run(self, image: Tensor, out: Tensor, workspace: Tensor) -> None:
         """image [N, C_in, H, W] -> out [N, C_out, H, W], both contiguous float32; workspace: uint8, 64-byte aligned."""
+
+    def run_timed(self, image: Tensor, out: Tensor, workspace: Tensor, names: Sequence[str]) -> Timing:
+        """As `run`, but waits for the result, and says when each operation of the plan ran. names: of the operations, for
+        tools that look on (`timing.names`)."""
 
 
 class Live(Protocol):

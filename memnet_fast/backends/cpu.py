@@ -1,7 +1,11 @@
 """The native CPU backend: one call into C++ runs a whole plan, float32, AVX-512, AVX2 or portable code as the machine has it.
 
-algorithm "winograd" computes the 3x3 convolutions of residual blocks as F(4x4, 3x3); "direct" sums nine taps in a fixed
+algorithm "winograd" computes the 3x3 convolutions of residual blocks as F(6x6, 3x3); "direct" sums nine taps in a fixed
 order: slower, smaller error, exact on integers, and bit-equal between tiles and the whole image.
+
+precision "bf16" needs AVX512-BF16. With algorithm "direct" it rounds exactly where the backend "torch" does, which is the
+specification: operands after BN-ReLU, and one store for each operation. With "winograd", F(3x3, 3x3), what is rounded instead
+of operands and weights is what becomes of them in the transforms: an error of its own, about a fifth larger over a network.
 """
 
 from __future__ import annotations
@@ -9,7 +13,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +23,23 @@ import torch
 from torch import Tensor
 
 from memnet_fast import native, packing
+from memnet_fast.backends.cpu_steps import Step, compact_steps, plain_steps
 from memnet_fast.config import MemNetConfig
 from memnet_fast.plan import FirstConv, FusedPlan, Gate, Reconstruct, ResidualBlock
+from memnet_fast.timing import Timing, of_native
 
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "bf16")
 ALGORITHMS = ("winograd", "direct")
 
+_BF16_ISA = "avx512_bf16"
 _KIND = {FirstConv: 0, ResidualBlock: 1, Gate: 2, Reconstruct: 3}
+# How the weights of 3x3 convolutions and of gates are laid out: (in bf16, algorithm) -> functions.
+_PACKERS = {
+    (False, "winograd"): (packing.pack_winograd, packing.pack_gate),
+    (False, "direct"): (packing.pack_direct, packing.pack_gate),
+    (True, "winograd"): (packing.pack_bf16_winograd, packing.pack_bf16_gate),
+    (True, "direct"): (packing.pack_bf16_direct, packing.pack_bf16_gate),
+}
 _log = logging.getLogger("memnet_fast")
 _forked = False
 
@@ -42,11 +57,23 @@ def why_not(config: MemNetConfig, device: torch.device, precision: str, algorith
     if device.type != "cpu":
         return f"it runs on the CPU, the network is on {device}"
     if precision not in PRECISIONS:
-        return f"it computes in fp32 only, not {precision}"
+        return f"it computes in fp32 or bf16, not {precision}"
     if algorithm not in ALGORITHMS:
         return f"algorithm '{algorithm}' is not among {', '.join(ALGORITHMS)}"
     missing = native.why_missing()
-    return f"the native module is missing ({missing})" if missing else None
+    if missing:
+        return f"the native module is missing ({missing})"
+    if precision == "bf16":
+        return why_no_bf16()
+    return f"MEMNET_ISA asks for {_BF16_ISA}, which computes in bf16" if os.environ.get("MEMNET_ISA") == _BF16_ISA else None
+
+
+def why_no_bf16() -> str | None:
+    """Why precision "bf16" cannot run on this CPU, if it cannot; the native module must be there."""
+    wanted = os.environ.get("MEMNET_ISA") or _BF16_ISA
+    if wanted != _BF16_ISA:
+        return f"MEMNET_ISA asks for {wanted}, which has no bf16 products"
+    return native.module().why_no_bf16() or None
 
 
 def forked() -> bool:
@@ -71,34 +98,45 @@ def _cgroup_cpus() -> int:
 
 
 def pack(plan: FusedPlan, device: torch.device, precision: str, algorithm: str) -> CpuPacked:
-    """isa: the best one that this CPU has, unless MEMNET_ISA names another."""
-    isa = os.environ.get("MEMNET_ISA") or native.module().isas()[0]
-    return CpuPacked(plan, algorithm, isa)
+    """isa: the best one that this CPU has for this precision, unless MEMNET_ISA names another."""
+    isa = os.environ.get("MEMNET_ISA") or (_BF16_ISA if precision == "bf16" else native.module().isas()[0])
+    return CpuPacked(plan, algorithm, isa, compact=precision == "fp32")
 
 
 @dataclass
 class CpuPacked:
+    """compact: gates in parts and slots renumbered (cpu_steps), so that the workspace is smaller; the results are the same."""
+
     plan: FusedPlan
     algorithm: str
     isa: str
+    compact: bool = False
     ops: np.ndarray = field(init=False, repr=False)
     _kept: list[np.ndarray] = field(init=False, repr=False, default_factory=list)
     _direct: CpuPacked | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
-        self.ops = np.zeros(len(self.plan.ops), native.module().op_dtype)
+        self._steps, self._num_slots = plain_steps(self.plan.ops), self.plan.num_slots
+        if self.compact:
+            self._steps, self._num_slots = compact_steps(self.plan.ops)
+        self.ops = np.zeros(len(self._steps), native.module().op_dtype)
         self._addresses: dict[tuple[str, str], int] = {}
-        for record, op in zip(self.ops, self.plan.ops, strict=True):
-            self._fill(record, op)
+        for record, step in zip(self.ops, self._steps, strict=True):
+            self._fill(record, step)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What runs, in order."""
+        return tuple(self._steps)
 
     @property
     def padded_channels(self) -> int:
         return packing.padded_channels(self.plan.config.channels)
 
-    def _fill(self, record: Any, op: Any) -> None:
-        cp = self.padded_channels
+    def _fill(self, record: Any, step: Step) -> None:
+        op, cp = step.op, self.padded_channels
         record["kind"] = _KIND[type(op)]
-        conv3x3 = packing.pack_winograd if self.algorithm == "winograd" else packing.pack_direct
+        conv3x3, pack_gate = _PACKERS[self.isa == _BF16_ISA, self.algorithm]
         match op:
             case FirstConv():
                 record["dst"] = op.dst
@@ -122,8 +160,12 @@ class CpuPacked:
                 record["dst"] = op.dst
                 self._point(record, "scale", op.scale, lambda v: packing.pad_channels(v, cp))
                 self._point(record, "shift", op.shift, lambda v: packing.pad_channels(v, cp))
-                self._point(record, "weight_a", op.weight, lambda w: packing.pack_gate(w, len(op.srcs), cp))
+                sources = self.plan.weights[op.scale].shape[0]
+                self._point(record, "weight_a", op.weight, lambda w: pack_gate(w, sources, cp))
                 self._point(record, "bias_a", op.bias, lambda v: packing.pad_channels(v, cp))
+                record["accumulate"] = step.first > 0
+                for key, floats in (("scale", cp), ("shift", cp), ("weight_a", cp * cp)):
+                    record[key] += step.first * floats * np.dtype(np.float32).itemsize
             case Reconstruct():
                 self._sources(record, op.srcs)
                 weights = self.plan.weights
@@ -150,7 +192,7 @@ class CpuPacked:
 
     def _shape(self, n: int, h: int, w: int) -> tuple[int, ...]:
         config = self.plan.config
-        return n, h, w, config.in_channels, config.out_channels, self.padded_channels, self.plan.num_slots
+        return n, h, w, config.in_channels, config.out_channels, self.padded_channels, self._num_slots
 
     def workspace_bytes(self, n: int, h: int, w: int) -> int:
         module, threads = native.module(), num_threads()
@@ -168,12 +210,22 @@ class CpuPacked:
                 if not torch.isfinite(out[i]).all():
                     _log.info("image %d of the batch is not finite; computed again by the direct algorithm", i)
                     if self._direct is None:
-                        self._direct = CpuPacked(self.plan, "direct", self.isa)
+                        self._direct = CpuPacked(self.plan, "direct", self.isa, self.compact)
                     self._direct._call(image[i : i + 1], out[i : i + 1], workspace)
 
-    def _call(self, image: Tensor, out: Tensor, workspace: Tensor) -> None:
+    def run_timed(self, image: Tensor, out: Tensor, workspace: Tensor, names: Sequence[str]) -> Timing:
+        timing = of_native(self._call(image, out, workspace, timed=True), native.module().PHASES)
+        index = [step.index for step in self._steps]
+        return replace(
+            timing,
+            spans=tuple(s if s.op is None else replace(s, op=index[s.op]) for s in timing.spans),
+            threads=tuple(replace(s, op=index[s.op]) for s in timing.threads),
+        )
+
+    def _call(self, image: Tensor, out: Tensor, workspace: Tensor, timed: bool = False) -> Any:
         n, _, h, w = image.shape
-        native.module().run(
+        call = native.module().run_timed if timed else native.module().run
+        return call(
             self.ops,
             *self._shape(n, h, w),
             workspace.data_ptr(),

@@ -26,6 +26,7 @@ from memnet_fast.layouts import CHANNELS
 from memnet_fast.memory import short_memory
 from memnet_fast.parameters import Parameters
 from memnet_fast.plan import FusedPlan, Op, Recipe, State, outline
+from memnet_fast.timing import Timing, of_timeline
 
 PRECISIONS = ("fp16", "bf16", "fp8")
 ALGORITHMS = ("direct",)
@@ -87,9 +88,19 @@ class Bound:
 
     def run(self, image: Tensor, out: Tensor, workspace: Tensor) -> None:
         """Enqueues everything on the current stream of the device."""
+        self._run(image, out, workspace, None)
+
+    def run_timed(self, image: Tensor, out: Tensor, workspace: Tensor, names: Sequence[str]) -> Timing:
+        """Each kernel as it ran on the device, those that pack the weights too. The event between two kernels keeps the next
+        one from starting early."""
+        timeline = native_cuda.module().Timeline(list(names))
+        self._run(image, out, workspace, timeline)
+        return of_timeline(timeline.rows())
+
+    def _run(self, image: Tensor, out: Tensor, workspace: Tensor, timeline: Any) -> None:
         with torch.cuda.device(self.device), short_memory("kernels", self.device):
             stream = torch.cuda.current_stream(self.device).cuda_stream
-            self.native.run(self.device.index or 0, stream, *self._arguments(image, out, workspace))
+            self.native.run(self.device.index or 0, stream, *self._arguments(image, out, workspace), timeline)
 
     def capture(self, image: Tensor, out: Tensor, workspace: Tensor) -> Any:
         """The same as a graph, with launch(stream). Whoever keeps it keeps the tensors, and the parameters where they are."""
@@ -196,6 +207,9 @@ class CudaPacked:
 
     def run(self, image: Tensor, out: Tensor, workspace: Tensor) -> None:
         self._bound.run(image, out, workspace)
+
+    def run_timed(self, image: Tensor, out: Tensor, workspace: Tensor, names: Sequence[str]) -> Timing:
+        return self._bound.run_timed(image, out, workspace, names)
 
 
 def _indexed(device: torch.device) -> torch.device:

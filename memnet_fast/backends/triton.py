@@ -7,7 +7,8 @@ With TRITON_INTERPRET=1 in the environment before that, the kernels run in Trito
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from memnet_fast import packing
 from memnet_fast.backends.torch import round_operand
 from memnet_fast.config import MemNetConfig
 from memnet_fast.plan import FirstConv, FusedPlan, Gate, Reconstruct, ResidualBlock
+from memnet_fast.timing import Stopwatch, Timing
 
 # "auto" stays float32, as on the CPU: how much a restored image loses in a smaller precision was never measured on a GPU.
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -137,13 +139,15 @@ def _padded_planes(channels: int) -> int:
 
 @dataclass(frozen=True)
 class TritonPacked:
-    """weights, tables: for each operation of the plan, as its kernel takes them. architecture: 80 for capability 8.0."""
+    """weights, tables: for each operation of the plan, as its kernel takes them. architecture: 80 for capability 8.0.
+    tma: False: gates read by address also where they could by descriptor."""
 
     plan: FusedPlan
     precision: str
     architecture: int
     weights: tuple[tuple[Tensor, ...], ...]
     tables: tuple[Tensor | None, ...]
+    tma: bool = True
 
     @property
     def padded_channels(self) -> int:
@@ -153,22 +157,32 @@ class TritonPacked:
         """Every slot, and one more for the map between the two convolutions of a residual block."""
         return (self.plan.num_slots + 1) * n * h * w * self.padded_channels * _STORE[self.precision].itemsize
 
-    @torch.no_grad()
     def run(self, image: Tensor, out: Tensor, workspace: Tensor) -> None:
         """Launches on the current stream and waits for nothing."""
+        self._run(image, out, workspace, None)
+
+    def run_timed(self, image: Tensor, out: Tensor, workspace: Tensor, names: Sequence[str]) -> Timing:
+        with Stopwatch(image.device, names) as watch:
+            self._run(image, out, workspace, watch)
+        return watch.timing()
+
+    @torch.no_grad()
+    def _run(self, image: Tensor, out: Tensor, workspace: Tensor, watch: Stopwatch | None) -> None:
         n, _, h, w = image.shape
         slots = workspace[: self.workspace_bytes(n, h, w)].view(_STORE[self.precision])
         slots = slots.view(self.plan.num_slots + 1, n, h, w, self.padded_channels)
         if image.device.type == "cuda":
             with torch.cuda.device(image.device):
-                self._launch(image, out, slots)
+                self._launch(image, out, slots, watch)
         else:
-            self._launch(image, out, slots)
+            self._launch(image, out, slots, watch)
 
-    def _launch(self, image: Tensor, out: Tensor, slots: Tensor) -> None:
+    def _launch(self, image: Tensor, out: Tensor, slots: Tensor, watch: Stopwatch | None) -> None:
         kernels = _load()[0]
         channels, tf32 = self.plan.config.channels, self.precision == "tf32"
-        for op, weights, table in zip(self.plan.ops, self.weights, self.tables, strict=True):
+        for i, (op, weights, table) in enumerate(zip(self.plan.ops, self.weights, self.tables, strict=True)):
+            if watch is not None:
+                watch.begin(i)
             match op:
                 case FirstConv():
                     kernels["first_conv"].launch(image, slots[op.dst], weights, channels, self._tile("first_conv"))
@@ -185,4 +199,5 @@ class TritonPacked:
     def _tile(self, kernel: str) -> Any:
         from memnet_fast.kernels.tile_config import tile
 
-        return tile(kernel, self.precision, self.architecture, self.padded_channels)
+        own = tile(kernel, self.precision, self.architecture, self.padded_channels)
+        return own if self.tma else replace(own, tma=False)

@@ -24,6 +24,7 @@ from memnet_fast.cli.doctor import doctor
 from memnet_fast.cli.eval import evaluate
 from memnet_fast.cli.messages import State, say_error
 from memnet_fast.cli.models import models
+from memnet_fast.cli.profile import profile
 from memnet_fast.cli.recipes import recipes
 from memnet_fast.cli.restore import deblock, denoise, sr
 from memnet_fast.cli.train import train
@@ -40,7 +41,7 @@ def memnet() -> None:
     """Restores images with MemNet, fused."""
 
 
-for _command in (denoise, deblock, sr, evaluate, train, recipes, convert, bench, models, doctor, demo):
+for _command in (denoise, deblock, sr, evaluate, train, recipes, convert, bench, profile, models, doctor, demo):
     memnet.add_command(_command)
 
 

@@ -76,6 +76,8 @@ def run_job(
     report.settings = settings_of(several[0], encoding)
     if any(settings_of(other, encoding) != report.settings for other in several[1:]):
         raise InputError("the restorers of one job must have the same weights, options and backend")
+    threads = threads or Threads.default()
+    threads.of_devices(len(several))  # before anything is touched
     journals = [] if job.folder is None else [job.folder / JOURNAL_FOLDER]
     for folder in dict.fromkeys([*(item.target.parent for item in job.items), *journals]):
         sweep(folder)
@@ -89,7 +91,7 @@ def run_job(
         # Decoders switch warnings off for themselves. That is a switch of the whole process, so with several threads it may be
         # left in any position; this puts it back when they have ended.
         stack.enter_context(warnings.catch_warnings())
-        run = _Run(job, several, encoding, reading, threads or Threads.default(), decoders, journal, report)
+        run = _Run(job, several, encoding, reading, threads, decoders, journal, report)
         run.stop_on_error, run.progress, run.on_result = stop_on_error, progress, on_result
         run.run()
         if journal is not None and len(report.results) == len(job.items) and report.count("failed") == 0:

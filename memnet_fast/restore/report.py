@@ -15,7 +15,7 @@ STAGES = ("decode", "network", "encode")
 
 @dataclass(frozen=True)
 class Threads:
-    """How many threads decode, feed the network and encode. proc: for each device, or one number for every device in turn."""
+    """How many threads decode, feed the network and encode. proc: one number for every device, or a number for each."""
 
     load: int
     proc: int | tuple[int, ...]

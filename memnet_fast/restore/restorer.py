@@ -116,7 +116,7 @@ class Restorer:
                 f"{self.model_name} has {config.in_channels} channels in and {config.out_channels} out; only networks with one "
                 f"channel in and out restore images here"
             )
-        self.net = _placed(net, backend, precision, algorithm, device, own=not isinstance(model, nn.Module))
+        self.net = placed(net, backend, precision, algorithm, device, own=not isinstance(model, nn.Module))
         self._tiler = Tiler(self.net, tile, overlap, batch, tta, OFFICIAL_TILES[task])
         # What was chosen stands in the place of "auto" where the choice decides about bits.
         chosen = {"backend": self.net.backend, "precision": self.net.precision, "algorithm": self.net.algorithm}
@@ -291,7 +291,7 @@ def _network(task: str, model: Any) -> tuple[str, MemNet | FusedMemNet]:
     return name, load_weights(name)
 
 
-def _placed(net: MemNet | FusedMemNet, backend: str, precision: str, algorithm: str, device: str, own: bool) -> FusedMemNet:
+def placed(net: MemNet | FusedMemNet, backend: str, precision: str, algorithm: str, device: str, own: bool) -> FusedMemNet:
     """The network fused, on the device asked for. A network of the caller (not own) is never moved: a copy is."""
     where = next(net.parameters()).device
     target = where

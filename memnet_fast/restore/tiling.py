@@ -36,10 +36,9 @@ _STEP = 16
 _BUDGET = {"cpu": (0.4, 2 << 30), "cuda": (0.6, 16 << 30)}
 # A large image on the CPU leaves this much to the workspace, whatever the result and its encoder take.
 _LEAST_BESIDE_RESULT = 1 << 30
-# Of the official scripts: pixels around a block, and what a block has at most (without them) if the user does not say.
+# Of the official scripts: pixels around a block, and the tile of each task, from which they find the size of even blocks.
 OFFICIAL_OVERLAP = 16
 OFFICIAL_TILES = {"denoise": 120, "deblock": 150, "sr": 150}
-
 # For how many sizes of windows the workspace is remembered.
 _KEPT_SIZES = 4096
 
@@ -182,7 +181,7 @@ def _balanced(length: int, tile: int, halo: int) -> int:
 
 @dataclass(frozen=True)
 class Tiled:
-    """How an image was computed. tile: height and width of windows; with the official overlap the most that a block has.
+    """How an image was computed. tile: height and width of windows; with the official overlap, what the blocks were found from.
     redone: windows that were not finite at first and were computed again in fp32."""
 
     tile: tuple[int, int]

@@ -81,8 +81,10 @@ def build(directory: Path) -> Twin:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     runtime = ctypes.CDLL(str(library))
-    for name in ("runtime_launches", "runtime_uploads", "runtime_allocated"):
+    for name in ("runtime_launches", "runtime_uploads", "runtime_allocated", "runtime_events", "runtime_open_ranges"):
         getattr(runtime, name).restype = ctypes.c_long
+    runtime.runtime_within.restype = ctypes.c_char_p
+    runtime.runtime_within.argtypes = [ctypes.c_long]
     runtime.runtime_all_on.argtypes = [ctypes.c_int, ctypes.c_uint64]
     return Twin(module, runtime)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
 
 
 def together(workers: Sequence[Callable[[], object]]) -> None:
@@ -31,3 +34,14 @@ def together(workers: Sequence[Callable[[], object]]) -> None:
         sys.setswitchinterval(interval)
     if errors:
         raise errors[0]
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Within: torch, and the CPU backend with it, compute with that many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

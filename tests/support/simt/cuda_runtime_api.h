@@ -7,6 +7,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -23,6 +24,9 @@ struct Runtime {
   int driver = 13000, fail_after = -1; // launches until one reports that memory is short
   long uploads = 0, launches = 0, allocated = 0;
   std::map<cudaStream_t, Launches> captured;
+  long events = 0;                 // alive
+  std::vector<std::string> ranges; // of NVTX, open now
+  std::vector<std::string> within; // of each launch: the ranges around it, the outermost first, joined by '/'
   std::vector<std::pair<int, cudaStream_t>> used; // device and stream of each launch
 };
 inline Runtime runtime;
@@ -30,6 +34,10 @@ inline Runtime runtime;
 inline cudaError_t submit(cudaStream_t stream, std::function<bool()> launch) {
   ++runtime.launches;
   runtime.used.emplace_back(runtime.current, stream);
+  std::string within;
+  for (const std::string &range : runtime.ranges)
+    within += (within.empty() ? "" : "/") + range;
+  runtime.within.push_back(within);
   if (runtime.fail_after >= 0 && runtime.fail_after-- == 0)
     return cudaErrorMemoryAllocation;
   const auto found = runtime.captured.find(stream);
@@ -112,6 +120,29 @@ inline cudaError_t cudaFree(void *memory) {
 inline cudaError_t cudaMemcpyAsync(void *to, const void *from, std::size_t size, cudaMemcpyKind, cudaStream_t) {
   std::memcpy(to, from, size);
   ++simt::runtime.uploads;
+  return cudaSuccess;
+}
+// An event tells how many launches were before it; each lasts a millisecond.
+using cudaEvent_t = long *;
+inline cudaError_t cudaEventCreate(cudaEvent_t *event) {
+  *event = new long(-1);
+  ++simt::runtime.events;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  *event = simt::runtime.launches;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEvent_t to) {
+  if (*from < 0 || *to < 0)
+    return cudaErrorInvalidValue;
+  *milliseconds = static_cast<float>(*to - *from);
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  --simt::runtime.events;
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {

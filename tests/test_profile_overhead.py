@@ -1,0 +1,65 @@
+"""The benchmark of the timing's cost: ratios within rounds, and builds that disagree are not timed."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+
+import pytest
+import torch
+from support import networks
+from support.threads import torch_threads
+
+from benchmarks import profile_overhead
+from memnet_fast import native
+from memnet_fast.plan import lower
+
+
+def test_ratios_are_taken_within_rounds(monkeypatch):
+    """On a machine that becomes slower and slower: the ratios do not show it."""
+    now = {"cpu": 0.0, "clock": 0.0, "runs": 0}
+    monkeypatch.setattr(time, "process_time", lambda: now["cpu"])
+    monkeypatch.setattr(time, "perf_counter", lambda: now["clock"])
+
+    def lasts(seconds: float):
+        def run() -> None:
+            slowness = 1 + now["runs"] // 3
+            now["runs"] += 1
+            now["cpu"] += seconds * slowness
+            now["clock"] += 2 * seconds * slowness
+
+        return run
+
+    found = profile_overhead.compare({"none": lasts(1.0), "off": lasts(1.0), "on": lasts(1.5)}, 4)
+    for key, ratio in (("off_cpu", 1.0), ("on_cpu", 1.5), ("off_clock", 1.0), ("on_clock", 1.5)):
+        assert set(found[key].values()) == {ratio}
+    assert [row["cpu"] for row in found["seconds"]["none"]] == [1.0, 2.0, 3.0, 4.0]
+    assert [row["clock"] for row in found["seconds"]["on"]] == [3.0, 6.0, 9.0, 12.0]
+
+
+@pytest.mark.skipif(native.why_missing() is not None, reason=native.why_missing() or "built")
+def test_the_three_ways_are_one_network(monkeypatch):
+    plan, x, module = lower(networks.build(networks.SMALL)), networks.image(1, 1, 9, 11), native.module()
+    with torch_threads(1):
+        runs = profile_overhead.ways(plan, x, module, module)
+        assert set(runs) == {"none", "off", "on"} and native.module() is module
+        for run in runs.values():
+            run()
+
+        class Wrong:
+            """Computes something else in every call."""
+
+            calls = 0
+
+            def __getattr__(self, name):
+                return getattr(module, name)
+
+            def run(self, *arguments):
+                module.run(*arguments)
+                Wrong.calls += 1
+                # The address of the result is the last but four of the arguments.
+                ctypes.cast(arguments[-4], ctypes.POINTER(ctypes.c_float))[0] += Wrong.calls
+
+        with pytest.raises(RuntimeError, match="different results"):
+            profile_overhead.ways(plan, x, Wrong(), module)
+    assert torch.get_num_threads() >= 1 and native.module() is module
