@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 from benchmarks.gpu import ceilings, facts, store
 from benchmarks.gpu.cases import SIZES, OpCase, op_cases, op_truth
 from benchmarks.gpu.timing import Variant, measure
-from memnet_fast import backends
+from memnet_fast import backends, native
 from memnet_fast.bench.clocks import Clock, CudaClock, HostClock
 from memnet_fast.config import MemNetConfig
 from memnet_fast.plan import Gate, Reconstruct, ResidualBlock
@@ -39,6 +40,14 @@ def limit(precision: str, algorithm: str = "direct") -> float:
     return _UNITS * _UNIT[precision] * (_WINOGRAD if algorithm == "winograd" else 1.0)
 
 
+def _pack(case: OpCase, backend: str, precision: str, algorithm: str, device: torch.device) -> Any:
+    if backend == "cpu" and precision == "fp32":
+        # Its own pack() renumbers the slots of a whole network, and there is none around this operation.
+        isa = os.environ.get("MEMNET_ISA") or native.module().isas()[0]
+        return backends.cpu.CpuPacked(case.plan, algorithm, isa)
+    return backends.LADDER[backend].pack(case.plan, device, precision, algorithm)
+
+
 class PlacedOp:
     """An operation in one backend, on slots in a workspace that begin as normal numbers."""
 
@@ -54,8 +63,7 @@ class PlacedOp:
         algorithm: str = "direct",
     ):
         """other: what differs in the packed plan from what the backend takes by itself."""
-        module = backends.LADDER[backend]
-        packed = dataclasses.replace(module.pack(case.plan, device, precision, algorithm), **(other or {}))
+        packed = dataclasses.replace(_pack(case, backend, precision, algorithm, device), **(other or {}))
         self._case, self._packed = case, packed
         self._work = torch.empty(packed.workspace_bytes(1, h, w), dtype=torch.uint8, device=device)
         dtype, count, padded = _STORE[precision], case.plan.num_slots, getattr(packed, "padded_channels", 64)

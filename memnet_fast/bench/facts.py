@@ -102,16 +102,12 @@ def cpu() -> dict[str, Any]:
 
 
 def flags() -> str | None:
-    """How the kernels of the native module are compiled, from the build files where they are there."""
+    """How the kernels of the native module are compiled: the lines of the build file that say so, where it is there."""
     lists = Path(__file__).parents[2] / "csrc" / "CMakeLists.txt"
     if not lists.is_file():
         return None
-    text = lists.read_text()
-    found = re.findall(
-        r"CMAKE_CXX_FLAGS_RELEASE \"([^\"]+)\"|target_compile_options\(memnet_\$\{name\} PRIVATE (-Wall.*) \$\{ARGN\}", text
-    )
-    isas = re.findall(r"memnet_add_isa\((\w+)\s*([^)]*)\)", text)
-    return "; ".join([" ".join(a or b for a, b in found), *(f"{name}: {more or 'none'}" for name, more in isas)])
+    says = re.compile(r"CMAKE_CXX_FLAGS_RELEASE|target_compile_options\(memnet_|memnet_add_isa\(|_flags -m")
+    return "; ".join(line.strip() for line in lists.read_text().splitlines() if says.search(line))
 
 
 def compiler() -> str | None:

@@ -375,6 +375,6 @@ class _Ncnn(_OnCpu):
 def _into(place: np.ndarray, image: np.ndarray) -> np.ndarray:
     """The image in the same memory as before, so that a cache by address would show."""
     if place.shape != image.shape:
-        return np.ascontiguousarray(image)
+        return np.array(image, order="C")
     place[...] = image
     return place
