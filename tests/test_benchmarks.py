@@ -364,9 +364,9 @@ def test_the_pipeline_is_timed_beside_the_network_on_its_own_planes(tmp_path: Pa
     result = pipeline.measure(tmp_path / "work", 11, 0.2, str(tmp_path / "weights.safetensors"), 2)
     assert len(result["ratios"]) == 2 and min(result["seconds_network_alone"]) > 0 and result["stages"]["encode"]["seconds"] > 0
     names = sorted(path.name for path in (tmp_path / "work" / "in").iterdir())
-    assert len({name.partition(".")[2] for name in names}) == 4 and len(seen) == 4
+    assert len({name.partition(".")[2] for name in names}) == 4 and len(seen) == 5
     expected = [images.read_image(tmp_path / "work" / "in" / name).pixels.shape[:2] for name in names]
-    shapes = sorted(plane.shape[1:] for planes in seen[:2] for plane in planes)
+    shapes = sorted(plane.shape[1:] for planes in seen[1:3] for plane in planes)
     assert shapes == sorted(expected), "both halves together are the planes of the folder, once"
     assert result["megapixels"] == pytest.approx(sum(h * w for h, w in expected) / 1e6)
     drawn = [w * h / 1e6 for w, h, *_ in pipeline._KINDS]
