@@ -1,8 +1,17 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one visit of less than ten minutes, the most valuable first.
+# Everything that needs a GPU, the most valuable first.
 #
-#   benchmarks/gpu_window.sh                       all steps within BUDGET seconds
-#   STEPS="build micro" benchmarks/gpu_window.sh   some of them (any order; they run in the order of the script)
+# A visit is three calls of less than ten minutes each, in this order; each stays below BUDGET where every step takes all of its
+# LIMIT (below). One call after the other, while the machine still has the build of the first: where it has not, "build" comes
+# first by itself, and what then finds no time left is said in steps.jsonl. A step that hangs costs its limit and ten seconds.
+#
+#   STEPS="facts build smoke headline" benchmarks/gpu_window.sh     is it right, is it fast; beside the build, parity of Triton
+#   STEPS="parity sanitize micro peers" benchmarks/gpu_window.sh    is all of it right; what the design rests on; torch.compile
+#   STEPS="ops profile sizes slow" benchmarks/gpu_window.sh         where the time goes (gates by descriptor and by address too)
+#
+# Every call empties OUT: fetch it before the next. `python -m benchmarks.gpu.collect merge` puts three bench.json into one.
+#
+#   benchmarks/gpu_window.sh                       all steps, as far as BUDGET goes
 #   DRY_RUN=1 benchmarks/gpu_window.sh             every command on a machine without a GPU, as far as it goes
 #
 # Each step has a timeout of its own, so that one that hangs or fails costs only itself; what is done is stored before the
@@ -28,23 +37,36 @@ DRY_RUN=${DRY_RUN:-}
 STEPS=${STEPS:-facts build smoke headline parity sanitize micro peers ops profile sizes slow train}
 TRAIN=${TRAIN:-}
 LIB=$WORK/lib
+# Seconds at most. Parity and sanitizers run at once; build holds another 40 for facts, profile 40 of reading its file.
+declare -A LIMIT=([facts]=40 [build]=280 [smoke]=60 [headline]=100 [parity]=200 [sanitize]=150 [micro]=90 [peers]=170
+  [ops]=130 [profile]=130 [sizes]=120 [slow]=120 [train]=${TRAIN_SECONDS:-500})
+# A dry run has no clock to beat: on a busy machine an import alone can take a minute.
+[ -n "$DRY_RUN" ] && for step in ${!LIMIT[*]}; do [ "$step" = train ] || LIMIT[$step]=$((4 * LIMIT[$step])); done
 
 if ! command -v "$PYTHON" >/dev/null; then
   echo "gpu_window.sh: $PYTHON was not found; name a Python with torch in PYTHON" >&2
   exit 2
 fi
 for step in $STEPS; do
-  case " facts build smoke headline parity sanitize micro peers ops profile sizes slow train " in
-  *" $step "*) ;;
-  *)
+  if [ -z "${LIMIT[$step]:-}" ]; then
     echo "gpu_window.sh: unknown step '$step' in STEPS" >&2
     exit 2
-    ;;
-  esac
+  fi
 done
 if [ -z "$DRY_RUN" ] && ! nvidia-smi -L >/dev/null 2>&1; then
   echo "gpu_window.sh: no NVIDIA GPU answers here; DRY_RUN=1 goes as far as it can without one" >&2
   exit 5
+fi
+
+# Without a build of these very sources, tests would skip and benchmarks time something else.
+STATE=
+if [ -z "$DRY_RUN" ]; then
+  STATE=$(find setup.py pyproject.toml csrc kernels memnet_fast -type f ! -name '*.pyc' ! -name '*.so' ! -name _build_info.json \
+    -print0 | sort -z | xargs -0 sha256sum | sha256sum)
+  case " $STEPS " in
+  *" build "*) ;;
+  *) [ "$(cat "$WORK/built" 2>/dev/null)" = "$STATE" ] || STEPS="build $STEPS" ;;
+  esac
 fi
 
 # The folder itself may be a mount.
@@ -177,14 +199,14 @@ network() { # name seconds sizes peers
   step "$1" "$2" "$PYTHON" -m benchmarks.gpu.network "$OUT/bench.json" "${DEVICE[@]}" "${sizes[@]}"
 }
 
-wanted facts && step facts 40 "$PYTHON" -m benchmarks.gpu.facts "$OUT/bench.json"
+wanted facts && step facts ${LIMIT[facts]} "$PYTHON" -m benchmarks.gpu.facts "$OUT/bench.json"
 
 if wanted build; then
-  rm -rf "$LIB"
+  rm -rf "$LIB" "$WORK/built"
   begin=$SECONDS
-  # While the compilers work, the GPU runs the tests of the Triton backend, which needs no build: from a link to the sources.
+  # While the compilers work, the GPU runs the tests of the Triton backend, which needs no build: from a copy of the sources.
   triton=
-  if wanted parity && [ -z "$DRY_RUN" ]; then
+  if [ -z "$DRY_RUN" ]; then
     rm -rf "$WORK/plain"
     mkdir -p "$WORK/plain"
     cp -r memnet_fast "$WORK/plain/memnet_fast"
@@ -199,7 +221,7 @@ if wanted build; then
   fi
   bounded build_micro 120 bash -c build_micro &
   micro=$!
-  step build 240 bash -c build_package
+  step build $((LIMIT[build] - 40)) bash -c build_package && echo "$STATE" >"$WORK/built"
   # What was noted before the build said that there is none.
   wanted facts && rm -f "$OUT/bench.json" && bounded facts_built 40 "$PYTHON" -m benchmarks.gpu.facts "$OUT/bench.json"
   wait $micro
@@ -212,9 +234,9 @@ if wanted build; then
   fi
 fi
 
-wanted smoke && run_tests smoke 60 smoke "gpu and not slow" "cuda and (full_depth or policy_matched)" tests/test_gpu_parity.py
+wanted smoke && run_tests smoke ${LIMIT[smoke]} smoke "gpu and not slow" "cuda and (full_depth or policy_matched)" tests/test_gpu_parity.py
 
-wanted headline && network headline 100 1080p,256x256 fast
+wanted headline && network headline ${LIMIT[headline]} 1080p,256x256 fast
 
 if wanted parity || wanted sanitize; then
   # Correctness does not mind company: tests and sanitizers share the GPU. Nothing is timed meanwhile.
@@ -229,12 +251,12 @@ if wanted parity || wanted sanitize; then
         # Only our kernels: PyTorch's would take all the time.
         compute-sanitizer --help 2>&1 | grep -q -- --kernel-regex && watch+=(--kernel-regex kns=memnet)
       fi
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 bounded "$tool" 150 "${watch[@]}" "$PYTHON" -m benchmarks.gpu.sanitize "${TARGET[@]}" &
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 bounded "$tool" "${LIMIT[sanitize]}" "${watch[@]}" "$PYTHON" -m benchmarks.gpu.sanitize "${TARGET[@]}" &
       tools+=("$tool:$!")
     done
   fi
   if wanted parity; then
-    run_tests parity 200 parity "gpu and not slow" "cuda and not triton" "${GPU_TESTS[@]}"
+    run_tests parity ${LIMIT[parity]} parity "gpu and not slow" "cuda and not triton" "${GPU_TESTS[@]}"
     collect_parity
   fi
   for entry in ${tools[@]+"${tools[@]}"}; do
@@ -248,21 +270,21 @@ fi
 if wanted micro; then
   if [ -n "$DRY_RUN" ]; then
     record micro 0 0 # it was compiled with the build; there is nothing to run it on
-  elif step micro 90 "$WORK/micro"; then
+  elif step micro ${LIMIT[micro]} "$WORK/micro"; then
     cp "$WORK/logs/micro.log" "$OUT/micro.json"
   fi
 fi
 
-wanted peers && network peers 170 1080p,256x256 slow
+wanted peers && network peers ${LIMIT[peers]} 1080p,256x256 slow
 
-wanted ops && step ops 130 "$PYTHON" -m benchmarks.gpu.ops "$OUT/bench.json" "${DEVICE[@]}" "${TINY[@]}"
+wanted ops && step ops ${LIMIT[ops]} "$PYTHON" -m benchmarks.gpu.ops "$OUT/bench.json" "${DEVICE[@]}" "${TINY[@]}"
 
 if wanted profile; then
   if [ -n "$DRY_RUN" ]; then
     step profile 60 "$PYTHON" -m benchmarks.gpu.profile_target "${TARGET[@]}" --size 1x9x8
   else
     # The first kernels of a pass: packing, first convolution, one memory block and its gate. The clock stays as it is.
-    step profile 90 ncu --clock-control none --set full --profile-from-start off --kernel-name-base mangled -k regex:memnet \
+    step profile $((LIMIT[profile] - 40)) ncu --clock-control none --set full --profile-from-start off --kernel-name-base mangled -k regex:memnet \
       --launch-count 10 -f -o "$WORK/profile" "$PYTHON" -m benchmarks.gpu.profile_target
     if [ -e "$WORK/profile.ncu-rep" ]; then
       bounded profile_page 40 ncu --import "$WORK/profile.ncu-rep" --page raw --csv
@@ -273,15 +295,15 @@ if wanted profile; then
   fi
 fi
 
-wanted sizes && network sizes 120 512x512,4k,16x64x64,4x256x256,16x256x256,64x256x256 fast
+wanted sizes && network sizes ${LIMIT[sizes]} 512x512,4k,16x64x64,4x256x256,16x256x256,64x256x256 fast
 
 if wanted slow; then
-  run_tests slow 120 slow "gpu and slow" "cuda or triton" "${GPU_TESTS[@]}"
+  run_tests slow ${LIMIT[slow]} slow "gpu and slow" "cuda or triton" "${GPU_TESTS[@]}"
   collect_parity
 fi
 
 if wanted train && [ -n "$TRAIN" ]; then
-  step train "${TRAIN_SECONDS:-500}" bash -c "$TRAIN"
+  step train "${LIMIT[train]}" bash -c "$TRAIN"
 fi
 
 publish

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from memnet_fast import backends, engine, ops
-from memnet_fast.errors import InputError
-from memnet_fast.plan import batch_norm_eps, require_plain, require_structure
+from memnet_fast.errors import BackendUnavailable, InputError
+from memnet_fast.plan import batch_norm_eps, lower, require_plain, require_structure
 from memnet_fast.reference import MemNet, check_input
 from memnet_fast.watch import Watch
 
@@ -25,7 +25,8 @@ def fuse(net: nn.Module, backend: str = "auto", precision: str = "auto", algorit
     """A fused network for inference that shares the parameters of `net` (a MemNet, or a FusedMemNet to fuse otherwise).
 
     backend: "auto", "cuda", "triton", "cpu", "torch". precision: "auto", "fp32", "tf32", "bf16", "fp16", "fp8"; cpu
-    computes in fp32 only, cuda in fp16 and bf16, on Hopper fp8.
+    computes in fp32 only, cuda in fp16 and bf16, on Hopper fp8. fp8 takes its scales from the running statistics: the weights
+    must be loaded before, and a small test image, restored on the CPU in fp8 and float32, shows whether they fit.
     algorithm: "auto", "winograd" or "direct", for the 3x3 convolutions of the CPU backend.
     Puts `net` into eval mode. Raises InputError for what is not a plain MemNet, BackendUnavailable (with the reason) for a
     request that cannot be met.
@@ -35,6 +36,19 @@ def fuse(net: nn.Module, backend: str = "auto", precision: str = "auto", algorit
     if not isinstance(net, MemNet):
         raise InputError(f"only a MemNet can be fused, not {type(net).__name__}")
     return FusedMemNet(net, backend, precision, algorithm)
+
+
+def _require_fp8(reference: MemNet, backend: str) -> None:
+    """Raises BackendUnavailable where e4m3 with scales from the running statistics cannot stand for this network."""
+    limit = backends.torch.FP8_ERROR_LIMIT
+    error = backends.torch.fp8_error(lower(reference))
+    # Also for NaN.
+    if not error <= limit:
+        raise BackendUnavailable(
+            backend,
+            f"fp8 is wrong by {error:.1%} of what this network changes about a test image (limit {limit:.0%}): scales follow "
+            "from the running statistics, and these do not describe the network; load its weights before fuse(), or take fp16",
+        )
 
 
 # What intercepts operators (a tracer, torch.func, a dispatch mode, fake tensors) adds a key of its own to these.
@@ -83,7 +97,9 @@ class FusedMemNet(nn.Module):
         require_plain(reference)
         require_structure(reference)
         self._attach()
-        self._choice()
+        choice = self._choice()
+        if choice.precision == "fp8":
+            _require_fp8(reference, choice.backend)
 
     def _attach(self) -> None:
         owner = uuid.uuid4().hex

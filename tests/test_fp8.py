@@ -1,13 +1,17 @@
 """The written numerics of precision "fp8": e4m3 convolutions between fp16 slots, in backends/torch.py."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from skimage import data
 from support.networks import build
 from torch import Tensor
 
 import memnet_fast as mf
+from benchmarks import fp8_quality
 from memnet_fast import degrade
 from memnet_fast.backends import torch as torch_backend
 from memnet_fast.config import MemNetConfig
@@ -91,8 +95,45 @@ def test_a_dead_channel_has_a_scale() -> None:
         net.blocks[0].conv_b[0].weight[3] = 0
         net.blocks[0].bn_a[0].weight.zero_()
         net.blocks[0].bn_a[0].bias.fill_(-1)
-    y = mf.fuse(net, backend="torch", precision="fp8")(torch.rand((1, 1, 6, 5), generator=torch.Generator().manual_seed(0)))
-    assert bool(y.isfinite().all())
+    packed = torch_backend.pack(lower(net), torch.device("cpu"), "fp8")
+    image = torch.rand((1, 1, 6, 5), generator=torch.Generator().manual_seed(0))
+    out = torch.full_like(image, float("nan"))
+    packed.run(image, out, torch.empty(packed.workspace_bytes(1, 6, 5), dtype=torch.uint8))
+    assert bool(out.isfinite().all())
+
+
+def _variance(factor: float) -> mf.MemNet:
+    """The bundled denoiser, of whose first normalisation in one block the variance is another one."""
+    net = mf.create_model("memnet_m6r6.denoise")
+    with torch.no_grad():
+        net.blocks[2].bn_a[3].running_var.mul_(factor)
+    return net
+
+
+def _never_trained() -> mf.MemNet:
+    torch.manual_seed(0)
+    return mf.MemNet(MemNetConfig(num_memory_blocks=3, num_recursions=3)).eval()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [_never_trained, lambda: _variance(1e-3), lambda: _variance(float("nan")), lambda: _variance(0)],
+    ids=["never trained", "one variance a thousandth", "NaN", "zero"],
+)
+def test_statistics_that_do_not_describe_the_network_are_refused(make) -> None:
+    """What the scales follow from is wrong there: with fp16 the same networks run."""
+    net = make()
+    with pytest.raises(mf.BackendUnavailable, match="running statistics"):
+        mf.fuse(net, backend="torch", precision="fp8")
+    assert mf.fuse(net, backend="torch", precision="fp16").precision == "fp16"
+
+
+def test_statistics_that_describe_the_network_are_not_refused() -> None:
+    assert mf.fuse(_variance(4), backend="torch", precision="fp8").precision == "fp8"
+    plans = [lower(mf.create_model(f"memnet_m6r6.{task}")) for task in ("denoise", "sr", "deblock")]
+    assert max(map(torch_backend.fp8_error, plans)) < 0.5 * torch_backend.FP8_ERROR_LIMIT
+    colour = lower(build(MemNetConfig(in_channels=3, out_channels=3, channels=5, num_memory_blocks=1, num_recursions=1)))
+    assert 0 < torch_backend.fp8_error(colour) < 1, "several planes"
 
 
 @pytest.mark.parametrize("sigma", [15, 50])
@@ -115,3 +156,36 @@ def test_quality_gate(sigma: int) -> None:
         losses.append(restored - psnr(fp8(noisy), clean))
     assert max(losses) > 0
     assert sum(losses) / len(losses) <= 0.05, losses
+
+
+def test_the_measurement_on_a_folder(tmp_path, monkeypatch, capsys) -> None:
+    """benchmarks/fp8_quality.py: a row for each image and sigma, kept where it is interrupted; another image is another row."""
+    monkeypatch.setattr(fp8_quality, "results_folder", lambda: tmp_path)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    assert fp8_quality.main([str(folder)]) == 2 and "no image" in capsys.readouterr().err
+    assert fp8_quality.main([str(tmp_path / "none")]) == 2 and "there is no folder" in capsys.readouterr().err
+    for name, at in (("a.png", 0), ("b.png", 40)):
+        Image.fromarray(data.camera()[100:118, at : at + 15]).save(folder / name)
+    arguments = [str(folder), "--sigmas", "30", "--crop", "16"]
+    assert fp8_quality.main(arguments) in (0, 1)
+    target = tmp_path / "fp8_quality.json"
+    first = json.loads(target.read_text())
+    assert [(r["image"], r["size"], r["sigma"]) for r in first["rows"]] == [("a.png", [15, 16], 30), ("b.png", [15, 16], 30)]
+    (summary,) = first["summary"]
+    losses = [r["psnr_fp32"] - r["psnr_fp8"] for r in first["rows"]]
+    assert summary["images"] == 2 and summary["mean_loss_db"] == pytest.approx(sum(losses) / 2)
+    assert summary["within_gate"] == (sum(losses) / 2 <= 0.05) and all(abs(loss) < 1 for loss in losses)
+    assert all(r["psnr_fp32"] > r["psnr_noisy"] + 1 for r in first["rows"])
+
+    def restored(*args) -> float:
+        raise AssertionError("measured again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fp8_quality, "psnr", restored)
+        assert fp8_quality.main(arguments) in (0, 1)
+        assert json.loads(target.read_text()) == first
+        with pytest.raises(AssertionError, match="measured again"):
+            fp8_quality.main([*arguments[:-1], "12"])
+    rows = [{"sigma": 30.0, "psnr_fp32": 30.0, "psnr_fp8": 30.0 - loss} for loss in (0.02, 0.09)]
+    assert not fp8_quality.summary(rows)[0]["within_gate"] and fp8_quality.summary(rows[:1])[0]["within_gate"]

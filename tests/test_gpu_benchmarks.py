@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from support import networks
 
 from benchmarks import peers, report
 from benchmarks.gpu import cases, collect, network, ops, store, timing
+from memnet_fast import backends
 from memnet_fast.backends import torch as torch_backend
 from memnet_fast.config import MemNetConfig
 
@@ -244,6 +246,21 @@ def test_costs_of_the_operations():
     assert gates == 8064 and costs["residual_block"].byte == 256
 
 
+def test_what_is_timed_beside_what_the_backends_take(monkeypatch):
+    """On a Hopper: the residual block of sm_80, and gates of Triton that read by address. On an older GPU neither."""
+    for module in (backends.cuda, backends.triton):
+        monkeypatch.setattr(module, "why_not", lambda *args: None)
+    for capability, expected in (((8, 0), set()), ((9, 0), {("residual_block", "capability", 80), ("gate", "tma", False)})):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, here=capability: here)
+        ways = ops._ways(torch.device("cuda", 0))
+        assert len({way.name for way in ways}) == len(ways) >= 7
+        others = {(way.begins, *next(iter(way.other.items()))) for way in ways if way.other}
+        assert others == expected
+    plan = cases.op_cases()[0].plan
+    packed = backends.triton.pack(plan, CPU, "fp16", "direct")
+    assert packed._tile("gate").tma and not dataclasses.replace(packed, tma=False)._tile("gate").tma
+
+
 def test_rows_of_operations():
     rows = ops.run_size("tiny", (1, 9, 10), timing.HostClock(), CPU, 0.01)
     assert [r["suite"] for r in rows[:2]] == ["ceiling", "ceiling"] and rows[0]["tflops"] > 0 and rows[1]["tbps"] > 0
@@ -368,6 +385,72 @@ def _without_nvcc(tmp_path):
         if found:
             (folder / name).symlink_to(found)
     return str(folder)
+
+
+def _script() -> str:
+    return (ROOT / "benchmarks" / "gpu_window.sh").read_text()
+
+
+def test_a_visit_fits_its_calls_by_the_limits_of_its_steps():
+    """As the head of the script lists them: each call within the budget, all steps once, in the order of the script."""
+    script = _script()
+    listed = re.search(r"^declare -A LIMIT=\((.*?)\)$", script, re.MULTILINE | re.DOTALL)[1]
+    limits = {k: int(v) for k, v in re.findall(r"\[(\w+)\]=(?:\$\{TRAIN_SECONDS:-)?(\d+)", listed)}
+    every = re.search(r"^STEPS=\$\{STEPS:-(.*)\}$", script, re.MULTILINE)[1].split()
+    assert sorted(limits) == sorted(every)
+    calls = [call.split() for call in re.findall(r'^#   STEPS="(.*?)" benchmarks/gpu_window.sh', script, re.MULTILINE)]
+    assert len(calls) == 3 and [step for call in calls for step in call] == [step for step in every if step != "train"]
+    budget = int(re.search(r"^BUDGET=\$\{BUDGET:-(\d+)\}$", script, re.MULTILINE)[1])
+    assert budget < 600
+    for call in calls:
+        at_once = min(limits["parity"], limits["sanitize"]) if {"parity", "sanitize"} <= set(call) else 0
+        assert sum(limits[step] for step in call) - at_once <= budget, call
+    # Nothing runs without a limit, and every limit is used.
+    for name in every:
+        assert re.search(rf"LIMIT\[{name}\]", script), name
+    assert not re.search(r"^\s*(step|bounded|run_tests|network) \"?\w+\"? [^\d\"$]", script, re.MULTILINE)
+
+
+def test_results_of_several_calls_become_one(tmp_path):
+    paths = [tmp_path / f"{i}.json" for i in range(3)]
+    about = {"commit": "c", "torch": "2.13", "gpu": {"name": "NVIDIA H200", "nvidia_smi": {"driver_version": "580"}}}
+    for i, path in enumerate(paths):
+        store.write(path, {"about": {**about, "date": str(i)}, "rows": [{"x": i}]})
+    out = tmp_path / "all.json"
+    assert collect.main(["merge", *map(str, paths), str(out)]) == 0
+    assert store.read(out) == {"about": {**about, "date": "0"}, "rows": [{"x": 0}, {"x": 1}, {"x": 2}]}
+    out.unlink()
+    for other in ({"commit": "d"}, {"gpu": {"name": "NVIDIA H100"}}, {"gpu": None}):
+        store.write(paths[2], {"about": {**about, **other}, "rows": []})
+        assert collect.main(["merge", *map(str, paths), str(out)]) == 2 and not out.exists()
+
+
+def _with_nvidia_smi(tmp_path):
+    """A PATH on which nvidia-smi answers."""
+    folder = tmp_path / "tools"
+    folder.mkdir(exist_ok=True)
+    program = folder / "nvidia-smi"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_a_call_without_the_build_of_these_sources_builds_first(tmp_path):
+    """A machine may be a fresh one, or have the build of other sources. Without time nothing is done, only said."""
+    path = _with_nvidia_smi(tmp_path)
+    _, steps = window(tmp_path, STEPS="ops", BUDGET="0", PATH=path)
+    assert list(steps) == ["build", "build_micro", "parity_triton", "ops"] and set(steps.values()) == {125}
+    work = tmp_path / "work"
+    assert not (work / "built").exists(), "what was not built is not taken for built"
+    names = ("setup.py", "pyproject.toml", "csrc", "kernels", "memnet_fast")
+    find = f"find {' '.join(names)} -type f ! -name '*.pyc' ! -name '*.so' ! -name _build_info.json -print0"
+    command = f"cd {shlex.quote(str(ROOT))} && {find} | sort -z | xargs -0 sha256sum | sha256sum"
+    state = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+    (work / "built").write_text(state)
+    _, steps = window(tmp_path, STEPS="ops", BUDGET="0", PATH=path)
+    assert steps == {"ops": 125}
+    (work / "built").write_text("of other sources")
+    assert "build" in window(tmp_path, STEPS="ops", BUDGET="0", PATH=path)[1]
 
 
 def test_window_step_that_hangs_costs_only_itself(tmp_path):

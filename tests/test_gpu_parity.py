@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import checks, integer, layers, networks
 from support.candidates import CPU, torch_candidate
-from support.places import CUDA, EVERYWHERE, FP8, GPU, ON_CPU, SHALLOW, TRITON
+from support.places import CUDA, EVERYWHERE, FP8, GPU, ON_CPU, SHALLOW, TRITON, TRITON_BY_ADDRESS
 
 import memnet_fast as mf
 from memnet_fast import degrade
@@ -93,6 +93,13 @@ def test_many_tiny_images(candidate):
 def test_errors_have_the_expected_spread(candidate, channels, size):
     """L2"""
     layers.l2_kernels(candidate, channels, size)
+
+
+@pytest.mark.parametrize("candidate", TRITON_BY_ADDRESS)
+def test_gates_by_address(candidate):
+    """L1, L2"""
+    layers.l1_integer(candidate, networks.SMALL, seed=1, size=(17, 33))
+    layers.l2_kernels(candidate, 64, (17, 19))
 
 
 @pytest.mark.parametrize("candidate", GPU_ONLY)

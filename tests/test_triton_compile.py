@@ -29,6 +29,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from memnet_fast.kernels import first_conv, gate, reconstruct, residual_block, tile_config  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 pytestmark = pytest.mark.skipif(
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 # The widest gates of a line that a real network has come from six and more recursions.
 NETWORK = MemNetConfig(num_memory_blocks=1, num_recursions=6)
-_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 # Shared memory that one program may have: capability 8.0 has 163 KiB, but its lines also serve 8.6 and 8.9.
 _SHARED = {80: 99 * 1024, 90: 227 * 1024}
@@ -99,7 +100,7 @@ class Compiled:
         return len(re.findall(pattern, self.sass))
 
     def __str__(self) -> str:
-        kinds = collections.Counter(re.findall(r"\b(?:LDGSTS|LDG|STG)\.[A-Z0-9.]+|\bHG?MMA\.\S+", self.sass))
+        kinds = collections.Counter(re.findall(r"\b(?:LDGSTS|LDG|STG|UTMALDG)\.[A-Z0-9.]+|\bHG?MMA\.\S+", self.sass))
         return f"{self.registers} registers, {self.stack} stack, {self.shared} shared; {dict(kinds)}"
 
 
@@ -116,10 +117,12 @@ def _compile(launch: tuple[object, tuple, dict], architecture: int, tmp_path: Pa
     attributes = {}
     for name, value in zip(free, args, strict=True):
         if isinstance(value, torch.Tensor):
-            signature[name] = _TYPES[value.dtype]
+            signature[name] = f"*{_TYPES[value.dtype]}"
             # What the launcher would find out; an address at a smaller multiple costs wide loads.
             if value.data_ptr() % 16 == 0:
                 attributes[(kernel.arg_names.index(name),)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>"
         else:
             signature[name] = "i32"
     key = repr((kernel.fn.__name__, signature, constants, attributes, options, architecture))
@@ -178,6 +181,8 @@ def test_every_tile(architecture, precision, kernel, tmp_path, record_property):
         assert code.count(r"LDGSTS\.E(\.BYPASS)?\.128 ") > 0, f"loads are not issued ahead: {code}"
         if kernel != "gate" and _KEEPS_CACHE_MODIFIER:
             assert code.count(r"LDGSTS\S*BYPASS") == 0, f"the nine taps of a pixel do not meet in L1: {code}"
+        tma = kernel == "gate" and architecture >= 90
+        assert (code.count(r"\bUTMALDG\.3D") > 0) == tma, f"blocks come by descriptor on 9.0, in a gate: {code}"
     assert code.count(r"STG\.E\.128 ") > 0 or kernel == "reconstruct", f"narrow stores: {code}"
 
 
@@ -197,12 +202,48 @@ def test_other_widths(channels, tmp_path):
     config = MemNetConfig(channels=channels, num_memory_blocks=1, num_recursions=1)
     for launch in {_name(x): x for x in _launches(config, "fp16", 80)}.values():
         _require_sound(_compile(launch, 80, tmp_path), 80)
+    for precision in ("fp16", "tf32"):
+        launch = next(x for x in _launches(config, precision, 90) if _name(x) == "gate")
+        code = _compile(launch, 90, tmp_path)
+        _require_sound(code, 90)
+        assert code.count(r"\bUTMALDG\.3D") > 0, f"no block comes by descriptor: {code}"
 
 
-def test_a_table_of_sources_keeps_wide_loads(tmp_path):
+@pytest.mark.parametrize("tma", [False, True])
+def test_a_table_of_sources_keeps_wide_loads(tma, tmp_path):
     """Gates whose sources do not follow each other; no lowered plan has one, and the operation allows it."""
     kernel, args, named = _network_launches("fp16", 90)["gate"]
-    _require_sound(_compile((kernel, args, {**named, "TABLE": True}), 90, tmp_path), 90)
+    args = args if tma else (args[0].base, *args[1:])
+    _require_sound(_compile((kernel, args, {**named, "TABLE": True, "TMA": tma}), 90, tmp_path), 90)
+
+
+def _gate_launch(slots: torch.Tensor, architecture: int = 90) -> tuple[object, dict]:
+    """The first argument and the constants with which a gate over two of the slots is launched."""
+    found: list = []
+    one = torch.zeros(1)
+    tile = tile_config.tile("gate", "fp16", architecture, slots.shape[-1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate, "gate", _Recorder(gate.gate, found))
+        gate.launch(slots, (0, 1), one, 2, (one, one, one, one), slots.shape[-1], False, tile)
+    (_, args, named) = found[0]
+    return args[0], named
+
+
+def test_a_descriptor_only_where_one_can_stand_for_the_slots():
+    """Decided before the launch: no multiple of 16 bytes, coordinates beyond 32 bits, strides of 2^40 bytes."""
+    plain = torch.zeros(3, 2, 5, 7, 16, dtype=torch.float16)
+    described, named = _gate_launch(plain)
+    assert isinstance(described, TensorDescriptor) and named["TMA"]
+    assert described.base is plain and described.shape == [3, 70, 16] and described.strides == [70 * 16, 16, 1]
+    assert described.block_shape == [1, named["BLOCK_P"], named["BLOCK_IN"]]
+    assert _gate_launch(plain, 80)[0] is plain, "capability 8.0 has no tensor memory accelerator"
+    odd = torch.zeros(plain.numel() + 4, dtype=torch.float16)[4:].view(plain.shape)
+    pixels = torch.empty(3, 1, 2**16, 2**15, 16, dtype=torch.float16, device="meta")
+    nearly = torch.empty(3, 1, 2**16, 2**15 - 1, 16, dtype=torch.float16, device="meta")
+    bytes_ = torch.empty(3, 1, 2**16, 2**14, 512, dtype=torch.float16, device="meta")
+    for slots, expected in ((odd, False), (pixels, False), (nearly, True), (bytes_, False)):
+        given, named = _gate_launch(slots)
+        assert isinstance(given, TensorDescriptor) == named["TMA"] == expected, slots.shape
 
 
 def test_checks_can_fail(tmp_path):
@@ -222,5 +263,7 @@ def test_the_table_has_a_line_for_every_kernel():
                 assert tile == tile_config.tile(kernel, precision, own)
                 pixels = tile.rows * tile.cols
                 assert pixels >= 16 and pixels & (pixels - 1) == 0 and tile.depth >= 16
+                # A block of a descriptor has 256 lines at most.
+                assert tile.tma == (kernel == "gate" and own == 90) and (pixels <= 256 or not tile.tma)
     with pytest.raises(ValueError, match=r"7\.5"):
         tile_config.tile("gate", "fp16", 75)

@@ -161,6 +161,26 @@ def scattered_sources(precision: str) -> None:
         checks.equal(*exact)
 
 
+def gate_by_address(precision: str) -> None:
+    """A gate of capability 9.0 whose slots begin where no descriptor can: the same bits as by descriptor."""
+    g = networks.generator(3)
+    kernels, tile = backend._load()[0], _tile("gate")
+    kind = torch.float16 if precision == "fp16" else torch.float32
+    values = torch.randn(4, 1, 5, 19, 16, generator=g).to(kind)
+    weights = (torch.randn(2, 16, 16, generator=g).to(kind), *(torch.randn(2, 16, generator=g) for _ in "st"), torch.randn(16))
+    shift = 8 // kind.itemsize
+    results = []
+    for start in (0, shift):
+        raw = torch.empty(values.numel() + 64, dtype=kind)
+        first = -raw.data_ptr() % 64 // kind.itemsize + start
+        slots = raw[first : first + values.numel()].view(values.shape).copy_(values)
+        require((slots.data_ptr() % 16 == 0) == (start == 0), "addresses of both kinds")
+        kernels["gate"].launch(slots, (1, 2), torch.tensor([1, 2]), 3, weights, 16, False, tile)
+        results.append(slots[3].clone())
+    checks.equal(results[1].float(), results[0].double())
+    require(not torch.equal(results[0], values[3]), "something was computed")
+
+
 def far_offsets() -> None:
     """Slots that begin beyond 2^31 elements: an offset of 32 bits would read elsewhere. Untouched pages cost no memory."""
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -251,6 +271,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     **{f"special values, {p}": partial(special_values, p) for p in PRECISIONS},
     "clamp keeps NaN": clamp_keeps_nan,
     **{f"scattered sources, {p}": partial(scattered_sources, p) for p in ("fp32", "fp16")},
+    **{f"gate by address, {p}": partial(gate_by_address, p) for p in ("fp32", "fp16")},
     "offsets beyond 32 bits": far_offsets,
     "fuse": module_runs_it,
     "faults are found": faults_are_found,

@@ -4,12 +4,14 @@ python -m benchmarks.gpu.collect parity JUNIT.xml... OUT.json      tests by name
 python -m benchmarks.gpu.collect sanitizer OUT.json LOG...         errors that each log of compute-sanitizer sums up
 python -m benchmarks.gpu.collect ncu PAGE.csv OUT.json             metrics of each kernel from ncu --page raw --csv
 python -m benchmarks.gpu.collect log OUT.txt LOG...                logs joined, of long ones the beginning and the end
+python -m benchmarks.gpu.collect merge BENCH.json... OUT.json      rows of several calls on one machine and one commit
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -120,6 +122,23 @@ def log(files: list[Path]) -> bytes:
     return b"".join(joined)
 
 
+def merge(files: list[Path]) -> dict[str, Any]:
+    """bench.json of several calls as one. Raises ValueError where another GPU, driver, commit or torch was measured."""
+    parts = [json.loads(path.read_text()) for path in files]
+    for path, part in zip(files, parts, strict=True):
+        for key in ("commit", "torch", "triton", "cuda", "nvcc"):
+            if part["about"].get(key) != parts[0]["about"].get(key):
+                raise ValueError(f"{path} and {files[0]} differ in {key}")
+        names = [((p["about"].get("gpu") or {}).get("name"), _driver(p)) for p in (part, parts[0])]
+        if names[0] != names[1]:
+            raise ValueError(f"{path} and {files[0]} are of {names[0]} and {names[1]}")
+    return {"about": parts[0]["about"], "rows": [row for part in parts for row in part["rows"]]}
+
+
+def _driver(part: dict[str, Any]) -> Any:
+    return ((part["about"].get("gpu") or {}).get("nvidia_smi") or {}).get("driver_version")
+
+
 def main(arguments: list[str]) -> int:
     kind, *rest = arguments
     paths = [Path(a) for a in rest]
@@ -132,6 +151,12 @@ def main(arguments: list[str]) -> int:
             write(paths[1], ncu(paths[0].read_text(errors="replace")))
         case "log":
             write_whole(paths[0], log(paths[1:]))
+        case "merge" if len(paths) > 1:
+            try:
+                write(paths[-1], merge(paths[:-1]))
+            except ValueError as error:
+                print(error, file=sys.stderr)
+                return 2
         case _:
             print(__doc__, file=sys.stderr)
             return 2

@@ -35,12 +35,11 @@ class PlacedOp:
     """An operation in one backend, on slots in a workspace that begin as normal numbers."""
 
     def __init__(
-        self, case: OpCase, backend: str, precision: str, capability: int | None, h: int, w: int, device: torch.device
+        self, case: OpCase, backend: str, precision: str, other: dict[str, Any] | None, h: int, w: int, device: torch.device
     ):
+        """other: what differs in the packed plan from what the backend takes by itself."""
         module = backends.LADDER[backend]
-        packed = module.pack(case.plan, device, precision, "direct")
-        if capability is not None:
-            packed = dataclasses.replace(packed, capability=capability)
+        packed = dataclasses.replace(module.pack(case.plan, device, precision, "direct"), **(other or {}))
         self._case, self._packed = case, packed
         self._work = torch.empty(packed.workspace_bytes(1, h, w), dtype=torch.uint8, device=device)
         dtype, count, padded = _STORE[precision], case.plan.num_slots, getattr(packed, "padded_channels", 64)
@@ -96,18 +95,36 @@ def _eager(case: OpCase, h: int, w: int, device: torch.device, dtype: torch.dtyp
     return None
 
 
-def _ways(device: torch.device) -> list[tuple[str, str, int | None]]:
-    """(backend, precision, capability of the kernels) that can run here; a newer GPU also runs those of sm_80."""
-    found: list[tuple[str, str, int | None]] = []
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """A backend as it is, or with something else in its packed plan, which then is what the row is about."""
+
+    backend: str
+    precision: str
+    other: dict[str, Any] | None = None
+    says: str = ""
+    begins: str = ""  # of the names of the operations for which it makes a difference
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend} {self.precision}{self.says}"
+
+
+def _ways(device: torch.device) -> list[_Way]:
+    """What can run here. A newer GPU also runs the residual block of sm_80, and the gate of Triton without descriptors."""
+    found = []
+    newer = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     for name, module in backends.LADDER.items():
         if name in ("cpu", "torch"):
             continue
         for precision in module.PRECISIONS:
             if module.why_not(MemNetConfig(), device, precision, "direct") is None:
-                found.append((name, precision, None))
-                if name == "cuda" and precision != "fp8" and torch.cuda.get_device_capability(device) >= (9, 0):
-                    found.append((name, precision, 80))
-    return found or [("torch", "fp32", None)]  # a dry run
+                found.append(_Way(name, precision))
+                if newer and name == "cuda" and precision != "fp8":
+                    found.append(_Way(name, precision, {"capability": 80}, " (sm_80 kernels)", "residual_block"))
+                if newer and name == "triton":
+                    found.append(_Way(name, precision, {"tma": False}, " (by address)", "gate"))
+    return found or [_Way("torch", "fp32")]  # a dry run
 
 
 def run_size(
@@ -118,18 +135,18 @@ def run_size(
     rows = list(ceiling["rows"])
     for index in range(len(op_cases())):
         variants = []
-        for backend, precision, capability in _ways(device):
-            case = op_cases(_STORE[precision].itemsize)[index]
-            name = f"{backend} {precision}" + (f" (sm_{capability} kernels)" if capability else "")
-            if capability and case.name != "residual_block":
-                continue  # the other kernels are the same for every capability
-            try:
-                placed = PlacedOp(case, backend, precision, capability, h, w, device)
-            except (RuntimeError, ValueError) as error:
-                rows.append({"suite": "op", "op": case.name, "variant": name, "status": "failed", "reason": str(error)[:300]})
+        for way in _ways(device):
+            case = op_cases(_STORE[way.precision].itemsize)[index]
+            if not case.name.startswith(way.begins):
                 continue
-            limits = {"relative": _UNITS * _UNIT[precision]}
-            variants.append(Variant(name, placed, placed.check, limits, {"precision": precision, "op": case.name}))
+            try:
+                placed = PlacedOp(case, way.backend, way.precision, way.other, h, w, device)
+            except (RuntimeError, ValueError) as error:
+                reason = str(error)[:300]
+                rows.append({"suite": "op", "op": case.name, "variant": way.name, "status": "failed", "reason": reason})
+                continue
+            limits = {"relative": _UNITS * _UNIT[way.precision]}
+            variants.append(Variant(way.name, placed, placed.check, limits, {"precision": way.precision, "op": case.name}))
         plain = _eager(op_cases()[index], h, w, device, torch.float16 if device.type == "cuda" else torch.float32)
         if plain is not None:
             variants.append(Variant("eager fp16 channels_last", plain, dict, {}, {"precision": "fp16", "op": case.name}))

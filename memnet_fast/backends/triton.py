@@ -8,7 +8,7 @@ With TRITON_INTERPRET=1 in the environment before that, the kernels run in Trito
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -139,13 +139,15 @@ def _padded_planes(channels: int) -> int:
 
 @dataclass(frozen=True)
 class TritonPacked:
-    """weights, tables: for each operation of the plan, as its kernel takes them. architecture: 80 for capability 8.0."""
+    """weights, tables: for each operation of the plan, as its kernel takes them. architecture: 80 for capability 8.0.
+    tma: False: gates read by address also where they could by descriptor."""
 
     plan: FusedPlan
     precision: str
     architecture: int
     weights: tuple[tuple[Tensor, ...], ...]
     tables: tuple[Tensor | None, ...]
+    tma: bool = True
 
     @property
     def padded_channels(self) -> int:
@@ -197,4 +199,5 @@ class TritonPacked:
     def _tile(self, kernel: str) -> Any:
         from memnet_fast.kernels.tile_config import tile
 
-        return tile(kernel, self.precision, self.architecture, self.padded_channels)
+        own = tile(kernel, self.precision, self.architecture, self.padded_channels)
+        return own if self.tma else replace(own, tma=False)

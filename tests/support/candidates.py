@@ -118,20 +118,21 @@ def triton_candidate(
     device: torch.device = CPU,
     architecture: int | None = None,
     spoil: Callable[[tuple], tuple] | None = None,
+    tma: bool = True,
 ) -> Candidate:
     """On a GPU, or with TRITON_INTERPRET=1 on the CPU. architecture: whose tiles (80 for 8.0); None: the device's own.
-    spoil: changes the packed weights of each operation.
+    spoil: changes the packed weights of each operation. tma: False: gates read by address everywhere.
     """
 
     def make(plan: FusedPlan) -> Runner:
-        packed = triton.pack(plan, device, precision, "direct")
+        packed = dataclasses.replace(triton.pack(plan, device, precision, "direct"), tma=tma)
         if architecture is not None:
             packed = dataclasses.replace(packed, architecture=architecture)
         if spoil is not None:
             packed = dataclasses.replace(packed, weights=tuple(spoil(w) for w in packed.weights))
         return BackendRunner(plan, packed, precision, packed.padded_channels, one_by_one=False, device=device)
 
-    tiles = "" if architecture is None else f"-sm{architecture}"
+    tiles = ("" if architecture is None else f"-sm{architecture}") + ("" if tma else "-by-address")
     return Candidate(f"triton-{precision}{tiles}", precision, make)
 
 

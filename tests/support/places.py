@@ -106,6 +106,8 @@ def on_gpu(candidates: list[Candidate]) -> list:
 # The device's own kernels, and on newer ones those of sm_80, which are also the fallback there.
 CUDA = on_gpu([cuda_candidate(p, GPU, capability) for p in ("fp16", "bf16") for capability in (None, 80)])
 TRITON = on_gpu([triton_candidate(p, GPU) for p in ("fp32", "tf32", "fp16", "bf16")])
+# What their gates do where no descriptor can stand for the slots.
+TRITON_BY_ADDRESS = on_gpu([triton_candidate(p, GPU, tma=False) for p in ("tf32", "fp16")])
 # Convolutions in e4m3 between fp16 slots: neither integers nor the z-test of the other precisions fit it.
 FP8 = on_gpu([cuda_candidate("fp8", GPU)])
 ON_CPU = [pytest.param(c, id=c.name) for c in (DIRECT or TORCH)[:1]]
