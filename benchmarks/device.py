@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 
-from memnet_fast.health import cpu_model
+from memnet_fast.bench import facts
 
 
-def results_folder() -> Path:
-    """Named after the CPU and the number of CPUs in use; made if it is not there."""
-    words = re.sub(r"[^a-z0-9]+", "-", cpu_model().lower()).strip("-")
-    folder = Path(__file__).parent / "results" / f"{words}-{len(os.sched_getaffinity(0))}cpu"
+def results_folder(gpu: str | None = None) -> Path:
+    """Named after the GPU, or else after the CPU and the number of CPUs in use; made if it is not there."""
+    cpu = facts.cpu()
+    name = facts.folder_name(gpu) if gpu else f"{facts.folder_name(cpu['model'])}-{cpu['cpus']}cpu"
+    folder = Path(__file__).parent / "results" / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -22,7 +22,7 @@
 #   BUDGET    seconds for everything, default 570
 #   PYTHON    default python3                      JOBS      default: the number of CPUs
 #   MEMNET_CUDA_ARCHS, MEMNET_NO_CUDA ...          as setup.py takes them
-#   TRAIN     command of the step "train", for example "memnet train deblock --resume auto --max-minutes 8"
+#   TRAIN     command of the step "train", for example "benchmarks/train_leg.sh deblock" (what it needs is said there)
 #   TRAIN_SECONDS  its timeout, default 500
 #   MEMNET_COMMIT  the commit, where the sources come without git's history
 set -u

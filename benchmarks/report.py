@@ -1,4 +1,4 @@
-"""Writes the README's tables from the stored results:  python -m benchmarks.report [--check]
+"""Writes the README's tables and the plots from the stored results:  python -m benchmarks.report [--check]
 
 Each table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; nothing in there is typed by hand. --check changes
 nothing and fails where the README and the data differ.
@@ -17,35 +17,131 @@ from memnet_fast import weights
 _ROOT = Path(__file__).parents[1]
 README = _ROOT / "README.md"
 RESULTS = Path(__file__).parent / "results"
+# Drawn by plots.py, in the order in which the README shows them.
+PLOTS = ("speedup", "times", "memory", "roofline")
 
 
-def forward_table(path: Path) -> str:
-    """Time, ratio, memory and error of every peer in one pytest-benchmark file."""
-    data = json.loads(path.read_text())
-    info = data["machine_info"]["memnet"]
-    rows = [b["extra_info"] for b in data["benchmarks"]]
-    memory = {(r["peer"], r["size"]): r["peak_mib"] for r in json.loads(path.with_name("memory.json").read_text())["rows"]}
-    lines = [
-        f"{info['cpu']}, {info['cpus']} CPUs, {rows[0]['threads']} threads, {info['isa']}, torch {info['torch']}, float32. "
-        f"Source: [{path.relative_to(_ROOT)}]({path.relative_to(_ROOT)}), commit {data['commit_info']['id'][:10]};"
-        f" memory.json beside it.",
-        "",
-    ]
-    for size in dict.fromkeys(r["size"] for r in rows):
+_PLACE = ("model", "subject", "isa", "threads", "size", "op", "base", "variant")
+
+
+class Results:
+    """All files of one device. Of rows that say the same thing, the newest counts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[Path, dict[str, Any]] = {}
+        for path in sorted(folder.glob("*.json")):
+            data = json.loads(path.read_text())
+            if isinstance(data, dict) and "suite" in (data.get("rows") or [{}])[0] and "command" in data.get("about", {}):
+                self.files[path] = data
+        self._numbers = {path: i + 1 for i, path in enumerate(self.files)}
+
+    def rows(self, suite: str) -> list[dict[str, Any]]:
+        """Rows of a suite with their file (`path`), `model` and `subject` (the first of the file), each thing once."""
+        found: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for path, data in sorted(self.files.items(), key=lambda item: item[1]["about"]["date"]):
+            own = [row for row in data["rows"] if row["suite"] == suite]
+            for row in own:
+                # Ratios to different subjects do not belong in one table.
+                run = {"path": path, "model": data["about"].get("model", ""), "subject": own[0]["variant"]}
+                place = tuple({**row, **run}.get(key) for key in _PLACE)
+                found.pop(place, None)  # the newest also comes last
+                found[place] = {**row, **run}
+        return list(found.values())
+
+    def source(self, row: dict[str, Any]) -> str:
+        """A link to the file of a row."""
+        return f"[{self._numbers[row['path']]}]({row['path'].relative_to(_ROOT)})"
+
+    def sources(self, rows: list[dict[str, Any]]) -> list[str]:
+        """A line for each file of these rows: what, when, and the command that makes it again."""
+        lines = []
+        for path in sorted({row["path"] for row in rows}):
+            about = self.files[path]["about"]
+            engines = [f"{name} {version}" for name, version in about.get("engines", {}).items() if version]
+            what = ", ".join([f"commit {(about['commit'] or 'unknown')[:10]}", f"torch {about['torch']}", *engines])
+            number = self._numbers[path]
+            lines.append(f"[{number}]({path.relative_to(_ROOT)}): {about['date'][:10]}, {what}; again: `{about['command']}`  ")
+        return lines
+
+    def device(self) -> str:
+        about = list(self.files.values())[-1]["about"]
+        gpu = about.get("gpu") if about.get("device", "cpu") != "cpu" else None
+        if gpu:
+            return f"{gpu['name']}, driver {gpu.get('nvidia_smi', {}).get('driver_version', 'unknown')}, CUDA {about['cuda']}"
+        return f"{about['cpu']['model']}, {about['cpu']['cpus']} CPUs"
+
+
+def forward_tables(results: Results) -> str:
+    """Whole networks: time, ratio, memory and error by size, then threads, pixels and single operations."""
+    lines = [f"**{results.device()}**", ""]
+    rows = results.rows("forward")
+    memory = {(r["model"], r["isa"], r["size"], r["variant"]): r for r in results.rows("memory") if r["status"] == "ok"}
+    shown: list[dict[str, Any]] = []
+    for group in _groups(rows, "model", "subject", "isa", "threads", "size"):
+        first = group[0]
+        isa = ", AVX-512 left alone" if first["isa"] == "avx2" else ""
         lines += [
-            f"**{size}**",
+            f"{first['model']}, {first['size']}, {first['threads']} threads{isa}; subject: {first['subject']}",
             "",
-            "| | ms (median) | time / cpu backend (20 % to 80 %) | peak memory of the process, MiB | error / residual |",
-            "|---|---|---|---|---|",
+            "| | ms | time / subject (20 % to 80 %) | peak memory, MiB | error / residual | |",
+            "|---|---|---|---|---|---|",
         ]
-        for r in (r for r in rows if r["size"] == size):
-            low, high = r["ratio_q20_q80"]
-            lines.append(
-                f"| {r['peer']} | {r['ms']:.0f} | {r['ratio_to_subject']:.2f} ({low:.2f} to {high:.2f}) | "
-                f"{memory[r['peer'], r['size']]:.0f} | {r['nsr']:.1e} |"
-            )
+        for r in sorted(group, key=lambda r: (r["precision"] != "fp32", r["status"] != "ok")):
+            peak = memory.get((r["model"], r["isa"], r["size"], r["variant"]), {})
+            lines.append(_forward_row(r, peak.get("peak_mib", r.get("device_peak_mib", r.get("peak_mib"))), results.source(r)))
+            shown += [r, peak] if peak else [r]
         lines.append("")
-    return "\n".join(lines)
+    for r in results.rows("threads"):
+        if r["status"] == "ok":
+            text = f"{r['variant']}, {r['size']}: {r['threads']} threads are {r['ratio']:.2f} times as fast as one"
+            lines.append(f"- {text} ({r['ratio_q20']:.2f} to {r['ratio_q80']:.2f}) {results.source(r)}")
+            shown.append(r)
+    for r in results.rows("pixels"):
+        if r["status"] == "ok":
+            text = f"{r['variant']}: a pixel of {r['size']} costs {r['ratio']:.3f} times one of {r['base']}"
+            lines.append(f"- {text} ({r['ratio_q20']:.3f} to {r['ratio_q80']:.3f}) {results.source(r)}")
+            shown.append(r)
+    lines += ["", *_ops_table(results, shown)]
+    for name in PLOTS:
+        path = results.folder / f"{name}.png"
+        if path.exists():
+            lines += [f"![{name}]({path.relative_to(_ROOT)})", ""]
+    return "\n".join([*lines, *results.sources(shown)]) + "\n"
+
+
+def _forward_row(r: dict[str, Any], peak: float | None, source: str) -> str:
+    name = r["variant"] + (f" ({r['note']})" if r.get("note") else "")
+    if r["status"] != "ok":
+        return f"| {name} | {r['status']}: {r['reason'][:100]} | | | | {source} |"
+    ratio = f"{r['ratio']:.2f} ({r['ratio_q20']:.2f} to {r['ratio_q80']:.2f})"
+    mib = "" if peak is None else f"{peak:.0f}"
+    return f"| {name} | {r['ms']:.0f} | {ratio} | {mib} | {r['errors']['nsr']:.1e} | {source} |"
+
+
+def _ops_table(results: Results, shown: list[dict[str, Any]]) -> list[str]:
+    rows = [r for r in results.rows("op") if r["status"] == "ok"]
+    if not rows:
+        return []
+    shown += rows
+    lines = ["| operation | size | | ms | GFLOP/s | GB/s | plain PyTorch / this | |", "|---|---|---|---|---|---|---|---|"]
+    for r in rows:
+        ratio = f"{r['plain_ratio']:.2f}" if "plain_ratio" in r else ""
+        numbers = f"{r['ms']:.2f} | {1e3 * r['tflops']:.0f} | {1e3 * r['tbps']:.1f} | {ratio} | {results.source(r)}"
+        lines.append(f"| {r['op']} | {r['size']} | {r['variant']} | {numbers} |")
+    return [*lines, ""]
+
+
+def _groups(rows: list[dict[str, Any]], *keys: str) -> list[list[dict[str, Any]]]:
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[k] for k in keys), []).append(row)
+
+    def place(key: tuple[Any, ...]) -> tuple[Any, ...]:
+        row = found[key][0]
+        return row["model"], row["subject"], row["isa"] != "native", row["n"] * row["h"] * row["w"], key
+
+    return [found[key] for key in sorted(found, key=place)]
 
 
 def gpu_table(path: Path) -> str:
@@ -110,8 +206,8 @@ def weights_table() -> str:
 
 def tables() -> dict[str, str]:
     made: dict[str, Any] = {"weights": weights_table()}
-    files = sorted(RESULTS.glob("*/forward.json"))
-    made["forward"] = "\n".join(forward_table(f) for f in files)
+    devices = [r for r in (Results(folder) for folder in sorted(RESULTS.iterdir()) if folder.is_dir()) if r.files]
+    made["forward"] = "\n".join(forward_tables(r) for r in devices if r.rows("forward"))
     if found := sorted(RESULTS.glob("*/gpu.json")):
         made["gpu"] = "\n".join(gpu_table(f) for f in found)
     return made
@@ -135,7 +231,11 @@ def main() -> int:
             print("README.md differs from the stored results; run python -m benchmarks.report", file=sys.stderr)
             return 1
         return 0
-    README.write_text(new)
+    from benchmarks import plots  # matplotlib is needed to draw, not to check
+
+    for folder in sorted(f for f in RESULTS.iterdir() if f.is_dir()):
+        plots.draw(Results(folder))
+    README.write_text(render(old))  # with the plots that are there now
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Training steps of the plain reference and of the memory-lean path, side by side:  python -m benchmarks.training
+"""Training steps of the plain reference and of the memory-lean path (eager, compiled):  python -m benchmarks.training
 
 Writes training.json (of a GPU: training-gpu.json) into benchmarks/results/<cpu>/. Each way runs in a process of its own, so
 that its peak memory is its own (VmHWM on the CPU, the allocator's peak on a GPU); timed steps alternate between the processes,
@@ -26,7 +26,7 @@ from memnet_fast.reference import MemNet
 from memnet_fast.training import lean
 from memnet_fast.training.losses import multi_supervised
 
-WAYS = ("plain", "lean")
+WAYS = ("plain", "lean", "lean compiled")
 
 
 def _peak_mib(device: str) -> float:
@@ -52,7 +52,7 @@ def _worker(way: str, device: str, batch: int, patch: int) -> None:
             continue
         start, start_cpu = time.perf_counter(), time.process_time()
         with torch.autocast(device.split(":")[0], torch.bfloat16):
-            heads = net.heads(x) if way == "plain" else lean.heads(net, x)
+            heads = net.heads(x) if way == "plain" else lean.heads(net, x, compiled=way.endswith("compiled"))
             loss = multi_supervised(heads, net.head_weights, x, "charbonnier")
         loss.backward()
         optimizer.step()
@@ -73,7 +73,7 @@ def main(device: str = "cpu", batch: int = 8, patch: int = 64, rounds: int = 7) 
         workers[way].stdin.flush()
         return json.loads(workers[way].stdout.readline())
 
-    for way in WAYS:  # the first step makes its workspaces
+    for way in WAYS:  # the first step compiles, and makes its workspaces
         ask(way, "step")
     answers: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(rounds):

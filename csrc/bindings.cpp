@@ -71,7 +71,8 @@ PYBIND11_MODULE(_native, m) {
 
   m.def("version", [] { return MEMNET_VERSION; });
   m.def("compiler", [] { return MEMNET_COMPILER; });
-  m.def("isas", &memnet::runnable_isas, "Instruction sets that run on this machine, best first.");
+  m.def("isas", &memnet::runnable_isas, "Instruction sets for fp32 that run on this machine, best first.");
+  m.def("why_no_bf16", &memnet::why_no_bf16, "Why isa avx512_bf16 cannot run on this machine; empty if it can.");
 
   // Keeps the GIL: it takes a tenth of a millisecond, in which nobody can give the memory back.
   m.def("same_bytes", &same_bytes, py::arg("addresses").noconvert(), py::arg("sizes").noconvert(),
@@ -95,12 +96,12 @@ PYBIND11_MODULE(_native, m) {
       [](const Ops &ops, // [count] op_dtype; the shapes behind its addresses stand in plan.h
          std::int64_t n, std::int64_t h, std::int64_t w, std::int64_t cin, std::int64_t cout, std::int64_t cp,
          std::int64_t num_slots,
-         std::uint64_t workspace_ptr,  // [num_slots][N, H, W, Cp] fp32 and scratch, 64-byte aligned
+         std::uint64_t workspace_ptr,  // [num_slots][N, H, W, Cp] and scratch, 64-byte aligned
          std::int64_t workspace_bytes, // at least workspace_bytes(...)
          std::uint64_t image_ptr,      // [N, Cin, H, W] fp32, contiguous
          std::uint64_t out_ptr,        // [N, Cout, H, W] fp32, contiguous
          const std::string &algorithm, // "direct" | "winograd"
-         const std::string &isa,       // "auto" | one of isas()
+         const std::string &isa,       // "auto" | one of isas() | "avx512_bf16"
          int threads) {                // OpenMP threads, 1..1024
         run_plan(ops, {n, h, w, cin, cout, cp, num_slots}, workspace_ptr, workspace_bytes, image_ptr, out_ptr,
                  algorithm, isa, threads, nullptr);

@@ -11,7 +11,8 @@ enum class Algorithm : std::int32_t { kDirect = 0, kWinograd = 1 };
 
 // One fused operation. Python fills an array of these through a NumPy dtype made from this very struct, so pointers are
 // stored as integers. All tensors are contiguous fp32; Cp = channels rounded up to a multiple of 16; a slot is
-// [N, H, W, Cp]. Which fields an operation reads, and their shapes:
+// [N, H, W, Cp]. With isa avx512_bf16 the weights of residual blocks and gates are bf16, two input channels side by
+// side: [9, 25 or num_src][Cp in / 2][Cp out][2]. Which fields an operation reads, and their shapes:
 //
 //   kFirstConv      dst; scale, shift [Cin]; weight_a [9][Cin][Cp]; bias_a [Cp]
 //   kResidualBlock  src, dst; scale, shift, bias_a, bias_b [Cp]; weight_a, weight_b [9 or 36][Cp in][Cp out]

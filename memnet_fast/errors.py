@@ -64,6 +64,10 @@ class NumericError(MemNetError, ArithmeticError):
     """A result that is not finite although its input was."""
 
 
+class ProcessLost(MemNetError):
+    """Another process of a training on several devices ended; what it saved before is intact."""
+
+
 class DeviceOOM(MemNetError, MemoryError):
     """Out of memory, also with the smallest tile."""
 

@@ -25,8 +25,9 @@ def fuse(net: nn.Module, backend: str = "auto", precision: str = "auto", algorit
     """A fused network for inference that shares the parameters of `net` (a MemNet, or a FusedMemNet to fuse otherwise).
 
     backend: "auto", "cuda", "triton", "cpu", "torch". precision: "auto", "fp32", "tf32", "bf16", "fp16", "fp8"; cpu
-    computes in fp32 only, cuda in fp16 and bf16, on Hopper fp8. fp8 takes its scales from the running statistics: the weights
-    must be loaded before, and a small test image, restored on the CPU in fp8 and float32, shows whether they fit.
+    computes in fp32, with AVX512-BF16 also in bf16; cuda in fp16 and bf16, on Hopper fp8. fp8 takes its scales from the running
+    statistics: the weights must be loaded before, and a small test image, restored on the CPU in fp8 and float32, shows
+    whether they fit.
     algorithm: "auto", "winograd" or "direct", for the 3x3 convolutions of the CPU backend.
     Puts `net` into eval mode. Raises InputError for what is not a plain MemNet, BackendUnavailable (with the reason) for a
     request that cannot be met.

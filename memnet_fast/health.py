@@ -68,13 +68,16 @@ def cpu_model() -> str:
 
 
 def _native() -> dict[str, Any]:
+    """why_no_bf16: why the CPU backend has no precision "bf16" here; None if it has."""
     from memnet_fast import native
+    from memnet_fast.backends import cpu
 
     reason = native.why_missing()
     return {
         "ok": reason is None,
         "reason": reason,
         "isas": list(native.module().isas()) if reason is None else [],
+        "why_no_bf16": cpu.why_no_bf16() if reason is None else reason,
         "build": {key: value for key, value in native.build_info().items() if key != "cuda"},
     }
 

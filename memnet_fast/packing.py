@@ -1,13 +1,15 @@
 """Lays weights out as the native kernels read them (the shapes stand in ``csrc/plan.h``).
 
-Every function takes float64 arrays, computes in float64, rounds once to float32, pads channels with zeros up to ``cp``,
-and returns a contiguous array whose data begin at a multiple of 64 bytes, so that no vector load crosses a cache line.
+Every function takes float64 arrays, computes in float64, rounds to float32 (and from there to bf16 where it says so), pads
+channels with zeros up to ``cp``, and returns a contiguous array whose data begin at a multiple of 64 bytes, so that no
+vector load crosses a cache line.
 """
 
 import functools
 import math
 
 import numpy as np
+import torch
 
 _ALIGNMENT = 64
 
@@ -78,6 +80,53 @@ def pack_winograd(weight: np.ndarray, cp: int) -> np.ndarray:
     # One product in the final order of axes: 42 weights of a network are packed before its first result.
     transformed = np.kron(g, g) @ weight.transpose(2, 3, 1, 0).reshape(9, -1)
     return _pad_square(transformed.reshape(64, weight.shape[1], weight.shape[0]), cp)
+
+
+def _pair_channels(matrices: np.ndarray) -> np.ndarray:
+    """matrices: [K, Cp in, Cp out] float32 -> [K][Cp in / 2][Cp out][2] uint16, the bits of bf16 (nearest, ties to even)."""
+    count, cin, cout = matrices.shape
+    pairs = np.ascontiguousarray(matrices.reshape(count, cin // 2, 2, cout).transpose(0, 1, 3, 2))
+    packed = aligned_zeros(pairs.shape, np.uint16)
+    packed[...] = torch.from_numpy(pairs).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    return packed
+
+
+def pack_bf16_direct(weight: np.ndarray, cp: int) -> np.ndarray:
+    """weight: [out, in, 3, 3] -> [9][Cp in / 2][Cp out][2] bf16 bits, for precision ``bf16``, algorithm ``direct``."""
+    return _pair_channels(pack_direct(weight, cp))
+
+
+def bf16_winograd_transforms() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A^T [3, 5], G [5, 3] and B^T [5, 5], float64, of F(3x3, 3x3) at the points +-2/5, +-5/4, infinity.
+
+    Scaled so that the entries of A^T and B^T are what csrc/cpu/bf16_winograd.h computes.
+    """
+    points = np.array([0.4, -0.4, 1.25, -1.25])
+    powers = points[:, None] ** np.arange(5)
+    norm = np.array([math.prod(point - other for other in np.delete(points, i)) for i, point in enumerate(points)])
+    last = np.zeros((1, 5))
+    last[0, 4] = 1
+    a = np.vstack([powers[:, :3], last[:, 2:]]).T
+    g = np.vstack([powers[:, :3] / norm[:, None], last[:, 2:]])
+    b = np.zeros((5, 5))
+    for i in range(4):
+        b[i, :4] = np.poly(np.delete(points, i))[::-1]
+    b[4] = np.poly(points)[::-1]
+    return a, g, b
+
+
+def pack_bf16_winograd(weight: np.ndarray, cp: int) -> np.ndarray:
+    """weight: [out, in, 3, 3] -> G w G^T as [25][Cp in / 2][Cp out][2] bf16 bits, for precision ``bf16``, algorithm
+    ``winograd``."""
+    weight = _check_conv(weight, 3)
+    g = bf16_winograd_transforms()[1]
+    transformed = np.einsum("ay,oiyx,bx->abio", g, weight, g, optimize=True)
+    return _pair_channels(_pad_square(transformed.reshape(25, weight.shape[1], weight.shape[0]), cp))
+
+
+def pack_bf16_gate(weight: np.ndarray, num_src: int, cp: int) -> np.ndarray:
+    """weight: as for pack_gate -> [num_src][Cp in / 2][Cp out][2] bf16 bits."""
+    return _pair_channels(pack_gate(weight, num_src, cp))
 
 
 def pack_first(weight: np.ndarray, cp: int) -> np.ndarray:

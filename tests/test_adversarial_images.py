@@ -264,6 +264,34 @@ def test_i16_kinds_of_jpeg():
         read(bytes(head))
 
 
+def _arithmetic_jpeg(frame: int, data: bytes) -> bytes:
+    """A gray JPEG of 16 x 8 whose entropy coding is arithmetic. frame: the marker of its kind, SOF9 or SOF10."""
+    last = 0 if frame == 0xCA else 63  # a progressive one may hold the mean of each block alone
+    parts = [(0xDB, b"\0" + bytes([1] * 64)), (frame, struct.pack(">BHHB", 8, 8, 16, 1) + bytes([1, 0x11, 0]))]
+    parts.append((0xDA, bytes([1, 1, 0, 0, last, 0])))
+    body = b"".join(bytes([0xFF, marker]) + struct.pack(">H", len(part) + 2) + part for marker, part in parts)
+    return b"\xff\xd8" + body + data + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("frame", [0xC9, 0xCA])
+@pytest.mark.parametrize("data", [b"", bytes(40), bytes(range(254))])
+def test_i16_arithmetic_coding_is_decoded_or_refused(frame, data):
+    """Some builds of libjpeg have it. Without a coded bit every mean is 128, which makes the flat picture a valid one."""
+    try:
+        pixels = read(_arithmetic_jpeg(frame, data)).pixels
+    except ImageError as error:
+        assert "\n" not in str(error) and str(error).startswith("a ")
+        return
+    assert pixels.shape == (8, 16, 1) and pixels.dtype == np.uint8
+    if frame == 0xCA and not any(data):
+        assert (pixels == 128).all()
+
+
+def test_i16_an_arithmetic_jpeg_without_its_end_is_corrupt():
+    with pytest.raises(ImageCorrupt):
+        read(_arithmetic_jpeg(0xCA, b"")[:-2])
+
+
 def test_i16_lossless_webp_stays_lossless(restorer):
     pixels = picture((20, 30, 3))
     source = read(encoded(Image.fromarray(pixels), "WEBP", lossless=True))

@@ -176,8 +176,8 @@ def test_nothing_to_restore_exits_4(run):
 
 def test_a_backend_that_cannot_run_exits_5(run):
     draw("a.png")
-    code, _, err = run("-i", "a.png", "-o", "b.png", "--backend", "cpu", "-p", "bf16")
-    assert code == 5 and "backend 'cpu' cannot run: it computes in fp32 only" in err
+    code, _, err = run("-i", "a.png", "-o", "b.png", "--backend", "cpu", "-p", "fp16")
+    assert code == 5 and "backend 'cpu' cannot run: it computes in fp32 or bf16, not fp16" in err
 
 
 def test_failed_files_exit_3_and_are_listed(run):

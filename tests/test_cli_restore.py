@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import locale
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,7 @@ from support.restoring import picture, small_net
 from memnet_fast import cli
 from memnet_fast.errors import BackendUnavailable
 from memnet_fast.restore import Restorer, images, pipeline
+from memnet_fast.restore.report import Threads
 from memnet_fast.weights import save_weights
 
 
@@ -83,6 +88,11 @@ def test_sr_shows_both_sizes_in_one_strip(run):
         ("denoise", ["-s", "2"], "No such option '-s'"),
         ("denoise", ["-j", "1:2"], "expected load:proc:save"),
         ("denoise", ["-j", "0:1:1"], "whole numbers from 1"),
+        ("denoise", ["-j", "1:2,:2"], "expected load:proc:save"),
+        ("denoise", ["-j", "1:2,2:2"], "are for 2 devices, but the job has 1"),
+        ("denoise", ["-t", "0,32"], "one tile size serves all GPUs"),
+        ("denoise", ["-t", "32,"], "one tile size serves all GPUs"),
+        ("denoise", ["-f", "gif"], "'gif' is not one of"),
         ("denoise", ["-g", "x"], "expected -1 for the CPU"),
         ("denoise", ["-g", "0,0"], "different numbers"),
         ("denoise", ["-g", "-1", "--device", "cpu"], "give one"),
@@ -123,6 +133,26 @@ def test_the_flags_of_real_esrgan(run):
     assert [stages[name]["threads"] for name in ("decode", "network", "encode")] == [1, 2, 2]
     code, _, err = run("sr", *flags, "-g", "7", "--existing", "overwrite")
     assert code == 5 and "device cuda:7 does not exist" in err
+
+
+def test_the_lists_of_real_esrgan_for_several_gpus(run):
+    """0,1 and one number for each of them; -g auto is the default, and -t 0 or 32 may be said once or for each."""
+    draw("a.png", shape=(40, 50))
+    assert run("denoise", "-i", "a.png", "-o", "b.png", "-n", "net", "-g", "auto", "-t", "32,32", "--log", "run.json")[0] == 0
+    assert log()["options"]["gpu"] is None and log()["options"]["tile"] == 32 and log()["files"][0]["windows"] > 1
+    code, _, err = run("denoise", "-i", "a.png", "-o", "c.png", "-n", "net", "-g", "7,8", "-j", "1:1,2:2", "-t", "0,0")
+    assert code == 5 and "device cuda:7 does not exist" in err
+    assert Threads.parse("1:1,2:2").of_devices(2) == (1, 2) and Threads.parse("1:3:2").of_devices(2) == (3, 3)
+    assert str(Threads.parse("1:1,2:2")) == "1:1,2:2" and str(Threads.parse("4:3:2")) == "4:3:2"
+
+
+@pytest.mark.parametrize(("flag", "format"), [("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")])
+def test_the_format_of_real_esrgan_names_the_outputs_of_a_folder(run, flag, format):
+    """-f wins over the extension of the input, and the part before it stays, dots included."""
+    draw("in/a.x.png")
+    assert run("denoise", "-i", "in", "-o", "out", "-n", "net", "-f", flag)[0] == 0
+    with Image.open(f"out/a.x.{flag}") as result:
+        assert result.format == format
 
 
 def test_options_from_a_file(run):
@@ -223,6 +253,34 @@ def test_all_files_fail(run):
     assert code == 3 and "0 restored, 2 failed" in err
 
 
+def test_a_write_that_fails_in_its_middle_costs_one_file():
+    """The system ends the write of one output half-way (row I28): its old file stays, nothing is left beside it."""
+    draw("in/a.png", "in/c.png", shape=(12, 13))
+    draw("in/b.tiff", shape=(400, 400))
+    Path("out").mkdir()
+    Path("out/b.tiff").write_bytes(b"old")
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+    code = limited + "from memnet_fast.cli import main; main()"
+    flags = ["denoise", "-i", "in", "-o", "out", "-n", "net", "--existing", "overwrite"]
+    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, timeout=120)
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    assert done.returncode == 3 and len(errors) == 1 and "b.tiff" in errors[0], done.stderr
+    assert Path("out/b.tiff").read_bytes() == b"old"
+    assert sorted(path.name for path in Path("out").iterdir()) == [".memnet", "a.png", "b.tiff", "c.png"]
+
+
+def test_a_second_name_of_an_input_is_replaced_and_the_input_stays(run):
+    """Hard links (row I29): the output gets a file of its own."""
+    draw("in/a.png")
+    Path("out").mkdir()
+    os.link("in/a.png", "out/a.png")
+    os.link("in/a.png", "in/b.png")
+    before = Path("in/a.png").read_bytes()
+    assert run("denoise", "-i", "in", "-o", "out", "-n", "net", "--existing", "overwrite")[0] == 0
+    assert Path("in/a.png").read_bytes() == Path("in/b.png").read_bytes() == before
+    assert Path("out/a.png").read_bytes() == Path("out/b.png").read_bytes() != before
+
+
 def test_pages(run):
     frames = [Image.fromarray(picture((10, 11), seed=i)) for i in range(3)]
     frames[0].save("a.tiff", save_all=True, append_images=frames[1:])
@@ -266,36 +324,38 @@ def test_a_log_that_cannot_be_written_hides_no_other_error(run, monkeypatch):
     assert code == 5 and "cannot make the folder file" in err and "the device stopped working" in err
 
 
-def test_numbers_do_not_follow_the_locale(run):
-    names = [n for n in ("de_DE.UTF-8", "de_DE.utf8", "fr_FR.UTF-8") if _has_locale(n)]
-    if not names:
-        pytest.skip("no locale with a decimal comma is installed")
+def test_numbers_do_not_follow_the_locale(run, tmp_path, monkeypatch):
+    """Row I41: a decimal comma, and a clock far from UTC."""
     before = locale.setlocale(locale.LC_ALL)
+    monkeypatch.setenv("TZ", "Pacific/Chatham")
     try:
-        locale.setlocale(locale.LC_ALL, names[0])
+        _set_a_locale_with_a_comma(tmp_path, monkeypatch)
+        assert locale.localeconv()["decimal_point"] == ","
         draw("in/a.png", "in/b.png")
-        assert run("denoise", "-i", "in", "-o", "out", "-n", "net", "--log", "run.json", "--progress", "json")[0] == 0
-        assert isinstance(log()["seconds"], float)
+        flags = ["denoise", "-i", "in", "-o", "out", "-n", "net", "--log", "run.json"]
+        code, _, err = run(*flags, "--progress", "json")
+        assert code == 0 and isinstance(log()["seconds"], float)
+        assert all(isinstance(json.loads(line), dict) for line in err.splitlines() if line.startswith("{"))
+        assert run(*flags, "--existing", "skip")[0] == 0 and log()["skipped"] == 2
     finally:
         locale.setlocale(locale.LC_ALL, before)
 
 
-def _has_locale(name: str) -> bool:
-    before = locale.setlocale(locale.LC_ALL)
-    try:
-        locale.setlocale(locale.LC_ALL, name)
-    except locale.Error:
-        return False
-    finally:
-        locale.setlocale(locale.LC_ALL, before)
-    return True
+def _set_a_locale_with_a_comma(folder: Path, monkeypatch) -> None:
+    """One that is installed, or one that is compiled now."""
+    for name in ("de_DE.UTF-8", "de_DE.utf8", "fr_FR.UTF-8"):
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_ALL, name)
+            return
+    command = ["localedef", "-i", "de_DE", "-f", "UTF-8", str(folder / "de_DE.UTF-8")]
+    if shutil.which("localedef") is None or subprocess.run(command, capture_output=True, timeout=60).returncode not in (0, 1):
+        pytest.skip("no locale with a decimal comma is installed, and none can be made")
+    monkeypatch.setenv("LOCPATH", str(folder))
+    locale.setlocale(locale.LC_ALL, "de_DE.UTF-8")
 
 
 def test_a_reader_of_the_progress_that_leaves_ends_the_job():
     """The pipe breaks (row I34); what is there is whole, and the next run goes on."""
-    import subprocess
-    import sys
-
     draw(*(f"in/{i}.png" for i in range(12)), shape=(60, 70))
     code = "from memnet_fast.cli import main; main()"
     flags = ["denoise", "-i", "in", "-o", "out", "-n", "net", "--progress", "json", "-t", "32", "--existing", "skip"]

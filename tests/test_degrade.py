@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -96,13 +97,57 @@ def test_jpeg_depends_on_quality_clips_and_keeps_the_shape() -> None:
     assert degrade.jpeg(torch.empty(0, 1, 8, 8), 20).shape == (0, 1, 8, 8)
 
 
+@pytest.mark.parametrize("jpeg", [degrade.jpeg, degrade.jpeg_blocks])
 @pytest.mark.parametrize("quality", [0, 101, 10.5, True])
-def test_jpeg_refuses_other_qualities(quality: float) -> None:
+def test_jpeg_refuses_other_qualities(quality: float, jpeg: Callable[..., torch.Tensor]) -> None:
     with pytest.raises(InputError, match="quality"):
-        degrade.jpeg(torch.rand(8, 8), quality)  # type: ignore[arg-type]
+        jpeg(torch.rand(8, 8), quality)
 
 
-def test_jpeg_refuses_what_is_no_image() -> None:
+@pytest.mark.parametrize("jpeg", [degrade.jpeg, degrade.jpeg_blocks])
+def test_jpeg_refuses_what_is_no_image(jpeg: Callable[..., torch.Tensor]) -> None:
     for image in (torch.zeros(8, 8, dtype=torch.uint8), torch.rand(8), torch.rand(3, 0, 8)):
         with pytest.raises(InputError, match="float image"):
-            degrade.jpeg(image, 10)
+            jpeg(image, 10)
+
+
+def _scene(h: int, w: int) -> torch.Tensor:
+    """Slopes, edges, texture and some noise: every coefficient is in use, and few lie at a tie as those of a pattern may."""
+    y, x = torch.meshgrid(torch.arange(float(h)), torch.arange(float(w)), indexing="ij")
+    waves = 0.5 + 0.3 * torch.sin(x / 9 + y / 23) * torch.cos(y / 11) + 0.15 * ((x // 37 + y // 29) % 2)
+    noise = torch.randn(h, w, generator=torch.Generator().manual_seed(7))
+    return waves + 0.08 * torch.sin(x * 1.3) * (y > h / 2) + 0.02 * noise
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (8, 8), (7, 23), (160, 203)])
+def test_jpeg_without_a_file_gives_what_a_file_holds(size: tuple[int, int]) -> None:
+    """But for rare roundings, by one step of a coefficient of a block. Degraded images are as far from the original."""
+    image = _scene(*size)
+    for quality in (5, 10, 20, 37, 50, 60):
+        exact, blocks = degrade.jpeg(image, quality), degrade.jpeg_blocks(image, quality)
+        assert blocks.shape == exact.shape and blocks.dtype == exact.dtype
+        levels = blocks * 255
+        assert (
+            float((levels - levels.round()).abs().max()) < 1e-4 and 0 <= float(levels.min()) <= float(levels.max()) <= 255.001
+        )
+        difference = (blocks - exact).abs() * 255
+        assert float(difference.mean()) < 0.1, quality
+        if image.numel() > 10_000:
+            assert float((difference > 0.5).float().mean()) < 0.08, quality
+            loss = [10 * torch.log10((d - image.clamp(0, 1)).square().mean()) for d in (exact, blocks)]
+            assert abs(float(loss[0] - loss[1])) < 0.01, quality
+            # What a wrong table, scale or offset would give: another quality is far away.
+            assert float((degrade.jpeg(image, quality + 3) - exact).abs().mean() * 255) > 0.15
+
+
+def test_jpeg_without_a_file_takes_each_image_with_its_own_quality_also_under_autocast() -> None:
+    images, quality = torch.stack([_scene(17, 31), _scene(17, 31).flip(1)]).unsqueeze(1), torch.tensor([5, 60]).view(2, 1, 1, 1)
+    together = degrade.jpeg_blocks(images, quality)
+    for image, q, result in zip(images, (5, 60), together, strict=True):
+        assert torch.equal(degrade.jpeg_blocks(image, q), result)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(degrade.jpeg_blocks(images, quality), together)
+    assert degrade.jpeg_blocks(images.double(), 20).dtype == torch.float64
+    assert degrade.jpeg_blocks(torch.empty(0, 1, 8, 8), 20).shape == (0, 1, 8, 8)
+    white = torch.ones(3, 9)
+    assert torch.equal(degrade.jpeg_blocks(white, 50), white) and torch.equal(degrade.jpeg_blocks(0 * white, 50), 0 * white)

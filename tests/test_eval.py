@@ -172,6 +172,12 @@ def test_bad_files_are_named_and_the_others_measured(folder: Path, capsys: pytes
         evaluation.read_image(folder / "set" / "c.png")
 
 
+def test_a_report_that_cannot_be_written_costs_no_measurement(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["eval", "--task", "denoise", "--level", 30, "--data", folder / "set", "-n", folder / "w.safetensors"]
+    code, table, said = _memnet(capsys, *words, "--json", folder / "nowhere" / "r.json")
+    assert code == 3 and "mean" in table and "cannot write" in said and len(said.splitlines()) == 1
+
+
 def test_infinite_psnr_is_valid_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["eval", "--task", "denoise", "--level", 0, "--data", folder / "set", "-n", folder / "w.safetensors", "--json", "-"]
     code, out, _ = _memnet(capsys, *words)

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import networks
+from support import faults, networks
 
-from benchmarks import peers, report
+from benchmarks import report
 from benchmarks.gpu import cases, collect, network, ops, store, timing
 from memnet_fast import backends
 from memnet_fast.backends import torch as torch_backend
+from memnet_fast.bench import clocks, gpu_peers, truth
 from memnet_fast.config import MemNetConfig
 
 ROOT = Path(__file__).parents[1]
@@ -122,7 +123,7 @@ def test_names_are_unique():
 @pytest.mark.gpu
 def test_cuda_clock_measures_the_device():
     """A sleep of a known number of cycles, with a host that is much faster: twice the cycles, twice the time."""
-    clock = timing.CudaClock(torch.device("cuda", 0))
+    clock = clocks.CudaClock(torch.device("cuda", 0))
     short, long = (
         statistics.median(clock.sample(lambda n=n: torch.cuda._sleep(n)) for _ in range(9)) for n in (10**6, 2 * 10**6)
     )
@@ -134,54 +135,26 @@ def test_cuda_clock_measures_the_device():
 
 @pytest.fixture(scope="module")
 def case():
-    return cases.NetworkCase(networks.build(networks.SMALL), (2, 20, 230), CPU)
+    return truth.NetworkCase(networks.build(networks.SMALL), (2, 20, 230), CPU)
 
 
 def test_the_right_network_passes(case):
     errors = case.errors(case.net)
-    assert 0 < errors["nsr"] < network.NSR["fp32"] and errors["line"] < network.LINE * network.NSR["fp32"]
+    assert 0 < errors["nsr"] < truth.NSR["fp32"] and errors["line"] < truth.LINE * truth.NSR["fp32"]
 
 
 def test_windows_cover_corners_and_ends():
-    found = cases._windows(5, 1080, 1920)
+    found = truth.windows(5, 1080, 1920)
     assert {w.image for w in found} == {0, 2, 4} and len(found) == 27
     assert max(w.top + w.height for w in found) == 1080 and max(w.left + w.width for w in found) == 1920
-    assert len(cases._windows(1, 1, 7)) == 1
-
-
-def _cached_by_address():
-    kept = {}
-    return lambda net, x: kept.setdefault(x.data_ptr(), net(x))
-
-
-def _without_last_row(net, x):
-    y = net(x).clone()
-    y[:, :, -1] = x[:, :, -1]
-    return y
-
-
-def _one_nan(net, x):
-    y = net(x).clone()
-    y[0, 0, 3, 3] = float("nan")
-    return y
-
-
-FAULTS = {
-    "returns its input": lambda net, x: x,
-    "returns zeros": lambda net, x: torch.zeros_like(x),
-    "caches by address": _cached_by_address(),
-    "skips the last row": _without_last_row,
-    "skips the last image": lambda net, x: torch.cat([net(x[:-1]), x[-1:]]),
-    "one NaN": _one_nan,
-    "another shape": lambda net, x: net(x)[..., :-1],
-}
+    assert len(truth.windows(1, 1, 7)) == 1
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", faults.faults())
 def test_planted_faults_are_refused(case, name, precision):
-    limits = {"nsr": network.NSR[precision], "line": network.LINE * network.NSR[precision]}
-    faulty = timing.Variant(name, _broken, lambda: case.errors(lambda x: FAULTS[name](case.net, x)), limits)
+    fault = faults.faults()[name]
+    faulty = timing.Variant(name, _broken, lambda: case.errors(lambda x: fault(case.net, x)), truth.limits(precision))
     (row,) = timing.measure([faulty], FakeClock(), 0.0)
     assert row["status"] == "refused"
 
@@ -189,16 +162,16 @@ def test_planted_faults_are_refused(case, name, precision):
 def test_a_fault_in_the_last_row_of_a_large_image_is_refused():
     """The windows are 200 pixels; one row is a small part of one. A network without depth keeps this quick."""
     config = MemNetConfig(channels=4, num_memory_blocks=1, num_recursions=1)
-    large = cases.NetworkCase(networks.build(config), (1, 430, 420), CPU)
-    assert large.errors(large.net)["nsr"] < network.NSR["fp32"]
-    errors = large.errors(lambda x: _without_last_row(large.net, x))
-    assert errors["line"] > network.LINE * network.NSR["bf16"]
+    large = truth.NetworkCase(networks.build(config), (1, 430, 420), CPU)
+    assert large.errors(large.net)["nsr"] < truth.NSR["fp32"]
+    errors = large.errors(lambda x: faults.without_last_row(large.net, x))
+    assert errors["line"] > truth.LINE * truth.NSR["bf16"]
 
 
 def test_rows_of_whole_networks(case):
     """A dry run on the CPU with this package's backend and the peers that a CPU can run."""
     net = networks.build(networks.SMALL)
-    rows = network.run_size(net, "tiny", (1, 20, 24), timing.HostClock(), CPU, "fast", 0.01)
+    rows = network.run_size(net, "tiny", (1, 20, 24), clocks.HostClock(), CPU, "fast", 0.01)
     by_name = {r["variant"]: r for r in rows}
     assert by_name["eager fp32"]["status"] == "ok" and by_name["eager fp32"]["ms"] > 0
     assert by_name["eager fp16 channels_last, CUDA graph"]["status"] == "failed"
@@ -207,8 +180,8 @@ def test_rows_of_whole_networks(case):
 
 
 def test_candidates_can_be_named(case):
-    assert set(network.candidates(case, "slow")) >= {n for n, p in peers.GPU_PEERS.items() if p.slow}
-    assert not set(network.candidates(case, "none")) & peers.GPU_PEERS.keys()
+    assert set(network.candidates(case, "slow")) >= {n for n, p in gpu_peers.GPU_PEERS.items() if p.slow}
+    assert not set(network.candidates(case, "none")) & gpu_peers.GPU_PEERS.keys()
     assert list(network.candidates(case, "all", ["eager fp32"])) == ["eager fp32"]
 
 
@@ -219,7 +192,7 @@ def test_candidates_can_be_named(case):
 def test_operations_pass_their_gate_and_faults_do_not(precision, monkeypatch):
     for index, op in enumerate(cases.op_cases()):
         placed = ops.PlacedOp(op, "torch", precision, None, 17, 18, CPU)
-        right, limit = placed.check()["relative"], ops._UNITS * ops._UNIT[precision]
+        right, limit = placed.check()["relative"], ops.limit(precision)
         assert right <= limit, op.name
         with monkeypatch.context() as patch:
             patch.setattr(type(placed._packed), "run", lambda self, image, out, work: None)
@@ -234,7 +207,7 @@ def test_a_lost_tap_is_refused():
     packed = torch_backend.pack(type(plan)(plan.config, plan.ops, {**plan.weights, "a": weight}, plan.num_slots), CPU, "bf16")
     placed = ops.PlacedOp(block, "torch", "bf16", None, 17, 18, CPU)
     placed._packed = packed
-    assert placed.check()["relative"] > 10 * ops._UNITS * ops._UNIT["bf16"]
+    assert placed.check()["relative"] > 10 * ops.limit("bf16")
 
 
 def test_costs_of_the_operations():
@@ -262,7 +235,7 @@ def test_what_is_timed_beside_what_the_backends_take(monkeypatch):
 
 
 def test_rows_of_operations():
-    rows = ops.run_size("tiny", (1, 9, 10), timing.HostClock(), CPU, 0.01)
+    rows = ops.run_size("tiny", (1, 9, 10), clocks.HostClock(), CPU, 0.01)
     assert [r["suite"] for r in rows[:2]] == ["ceiling", "ceiling"] and rows[0]["tflops"] > 0 and rows[1]["tbps"] > 0
     block = next(r for r in rows if r.get("op") == "residual_block")
     assert block["status"] == "ok" and block["tflops"] > 0 and block["floor_ms"] > 0

@@ -137,6 +137,16 @@ def test_white_is_0():
         read(tif(picture((7, 9), np.float32), photometric="miniswhite"))
 
 
+@pytest.mark.parametrize("kind", ["unassalpha", "assocalpha"])
+def test_alpha_is_not_turned_where_white_is_0(kind):
+    pixels = noise((7, 9, 2))
+    pixels[..., 1] = 65535
+    pixels[2, 3, 1] = 0
+    pixels[2, 3, 0] = 0
+    source = read(tif(pixels, photometric="miniswhite", planarconfig="contig", extrasamples=[kind]))
+    assert np.array_equal(source.pixels, np.stack([65535 - pixels[..., 0], pixels[..., 1]], -1))
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 @pytest.mark.parametrize("channels", [2, 4])
 def test_premultiplied_alpha_is_divided_out_and_alpha_keeps_its_bits(channels, dtype):
@@ -162,6 +172,7 @@ def test_premultiplied_alpha_is_divided_out_and_alpha_keeps_its_bits(channels, d
         (noise((9, 7, 4)), {**_RGB, "extrasamples": ["unspecified"]}, "channels beyond colour that are no alpha"),
         (noise((9, 7, 4), np.uint8), {**_RGB, "extrasamples": ["unspecified"]}, "channels beyond colour"),
         (noise((9, 7, 5)), {**_RGB, "extrasamples": ["unassalpha", "unspecified"]}, "channels beyond colour"),
+        (noise((9, 7, 2), np.uint8), {"photometric": "miniswhite", "extrasamples": ["unassalpha"]}, "a kind of pixels"),
         (noise((9, 7)).astype(np.int16), {}, "signed"),
         (noise((9, 7), np.uint8).astype(np.int8), {}, "signed"),
         (noise((9, 7)).astype(np.uint32), {}, "32 bits"),

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from memnet_fast.errors import BackendUnavailable, InputError, NumericError, Out
 from memnet_fast.restore import Restorer, images
 from memnet_fast.restore.isolation import Reading
 from memnet_fast.restore.job import plan_job
-from memnet_fast.restore.journal import key_of, read_lines
+from memnet_fast.restore.journal import key_of, open_journal, read_lines
 from memnet_fast.restore.pipeline import run_job
 from memnet_fast.restore.report import FileResult, JobReport
 
@@ -244,6 +245,13 @@ def test_plans_by_uri(here):
     assert sorted(path.name for path, _ in job.ignored) == [".x.png", "d.png", "notes.txt"]
     assert len(storage.plan_uris([f"{root}/in"], f"{root}/out").items) == 2
     assert len(storage.plan_uris([f"{root}/in/a.png"], f"{root}/out").items) == 1
+    with open_journal(Path("in/sub"), "key") as journal:
+        journal.announce(Path("in/sub/c.jpg"), "one", "two")
+    planned = storage.plan_uris([f"{root}/in"], f"{root}/out", recursive=True)
+    assert [i.source.name for i in planned.items] == ["a.png", "b.png"]
+    assert (here / "in/sub/c.jpg", "an output of an earlier run") in planned.ignored
+    assert len(storage.plan_uris([f"{root}/in/sub"], f"{root}/out").items) == 1, "who names the folder wants what is in it"
+    shutil.rmtree("in/sub/.memnet")
     Path("in/out").mkdir()
     Path("in/out/a.png").touch()
     planned = storage.plan_uris([f"{root}/in"], f"{root}/in/out", recursive=True, existing="skip")

@@ -9,6 +9,7 @@ import pytest
 
 from memnet_fast.errors import InputError
 from memnet_fast.restore import job
+from memnet_fast.restore.journal import open_journal
 
 
 @pytest.fixture
@@ -113,12 +114,29 @@ def test_outputs_of_an_earlier_run_are_never_inputs(here):
     assert plan(["in/**/*.png"], "in/out", existing="overwrite") == {"in/a.png": "in/out/a.png"}
 
 
-def test_a_folder_with_a_journal_is_ignored_but_may_be_named(here):
-    touch("in/a.png", "in/old/a.png", "in/old/sub/b.png", "in/old/.memnet/journal.jsonl", "in/other/c.png")
-    planned = job.plan_job(["in"], "out", recursive=True)
-    assert [str(i.source) for i in planned.items] == ["in/a.png", "in/other/c.png"]
-    assert planned.ignored == [(Path("in/old"), "a folder of outputs")]
+@pytest.mark.parametrize("pattern", ["in", "in/**/*.png"])
+def test_what_a_journal_below_lists_is_no_input_but_what_stands_beside_it_is(here, pattern):
+    touch("in/a.png", "in/old/a.png", "in/old/new.png", "in/old/sub/b.png", "in/old/sub/deep/a.png", "in/other/a.png")
+    for folder, outputs in (("in", ["a.png"]), ("in/old", ["a.png", "sub/b.png"]), ("in/old/sub", ["deep/a.png"])):
+        with open_journal(Path(folder), "key") as journal:
+            for name in outputs:
+                journal.announce(Path(folder, name), "one", "two")
+    planned = job.plan_job([pattern], "out", recursive=True)
+    assert sorted(str(i.source) for i in planned.items) == ["in/a.png", "in/old/new.png", "in/other/a.png"]
+    reason = "an output of an earlier run"
+    found = sorted(str(path.relative_to("in/old")) for path, why in planned.ignored if why == reason)
+    assert found == ["a.png", "sub/b.png", "sub/deep/a.png"]
+
+
+def test_a_folder_of_outputs_may_be_named(here):
+    touch("in/old/a.png", "in/old/sub/b.png")
+    with open_journal(Path("in/old"), "key") as journal:
+        journal.announce(Path("in/old/a.png"), "one", "two")
+        journal.announce(Path("in/old/sub/b.png"), "one", "two")
     assert len(plan(["in/old"], "out", recursive=True)) == 2
+    assert len(plan(["in/old/**/*.png"], "out")) == 2
+    assert plan(["in"], "out", recursive=True) == {}
+    assert len(plan(["in/old/a.png"], "out/")) == 1
 
 
 def test_a_glob_follows_no_link_to_a_folder(here):

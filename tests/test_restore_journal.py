@@ -174,7 +174,7 @@ def test_a_crash_between_the_two_steps_leads_to_no_wrong_skip(here, restorer, mo
         with pytest.raises(Crash):
             state._save(0, loaded, pipeline._Result([result.image], result.tiled))
     monkeypatch.undo()
-    os.chdir(here)
+    monkeypatch.chdir(here)
     assert (Path("out/a.png").read_bytes() == older) == (moment != "after the rename")
     done = "skipped" if moment == "after the rename" else "restored"
     assert run(restorer) == {**ALL, "a.png": done}

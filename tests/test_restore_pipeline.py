@@ -149,6 +149,11 @@ def test_several_restorers_share_a_job(here):
     assert run(several, ["in"], "out").count("restored") == 8
     for name in images_in("in"):
         assert np.array_equal(pixels(f"out/{name}"), several[0](pixels(f"in/{name}")))
+    report = run(several, ["in"], "out3", threads=Threads(1, (2, 1), 1))
+    assert report.count("restored") == 8 and report.stages["network"].threads == 3
+    with pytest.raises(InputError, match="for 3 devices, but the job has 2"):
+        run(several, ["in"], "out4", threads=Threads(1, (1, 1, 1), 1))
+    assert not Path("out4").exists()
     with pytest.raises(InputError, match="must have the same weights"):
         run([Restorer(model=small_net()), Restorer(model=small_net(1))], ["in"], "out2")
 
@@ -316,7 +321,7 @@ def test_a_second_signal_waits_for_the_threads_that_write(here, restorer, monkey
         run(restorer, ["in"], "out")
     assert images_in("out") == ["a.png"]
     monkeypatch.undo()
-    os.chdir(here)
+    monkeypatch.chdir(here)
     assert run(restorer, ["in"], "out", existing="skip").count("skipped") == 1
 
 

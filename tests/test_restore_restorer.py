@@ -226,8 +226,8 @@ def test_bad_options_are_refused(net, options, message):
 
 
 def test_a_backend_that_cannot_run_says_why(net):
-    with pytest.raises(BackendUnavailable, match="fp32 only"):
-        Restorer(model=net, backend="cpu", precision="bf16")
+    with pytest.raises(BackendUnavailable, match="fp32 or bf16, not fp16"):
+        Restorer(model=net, backend="cpu", precision="fp16")
     if not torch.cuda.is_available():
         with pytest.raises(BackendUnavailable, match="cuda:3 does not exist"):
             Restorer(model=net, device="cuda:3")

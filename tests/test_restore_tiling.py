@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.restoring import picture, small_net
 
+from memnet_fast import resize
 from memnet_fast.errors import DeviceOOM, InputError, NumericError
 from memnet_fast.fused import FusedMemNet, fuse
 from memnet_fast.restore import Restorer, tiling
@@ -87,6 +90,80 @@ def test_an_overlap_below_the_radius_leaves_traces_and_the_exact_one_is_needed()
     assert not torch.equal(near, whole)
     assert (near - whole).abs().max() < 0.1
     assert torch.equal(Restorer(model=net, algorithm="direct", tile=40, overlap=RADIUS)(image), whole)
+
+
+class _SeesItsWindow(FusedMemNet):
+    """A result that tells in every pixel what the window was, and where."""
+
+    def forward(self, x):
+        h, w = x.shape[2:]
+        rows, cols = torch.arange(h)[:, None] + 1.0, torch.arange(w)[None] + 1.0
+        return x + 1e-3 * torch.stack([(image * rows * cols).mean() for image in x])[:, None, None, None] + 1e-6 * rows * cols
+
+
+def _as_the_official_scripts(image, net, threshold, border=16):
+    """Their loops, counted from 1 as they count; every patch overwrites what an earlier one wrote in its place."""
+    height, width = image.shape
+    out = torch.full_like(image, float("nan"))
+
+    def axis(length):
+        step = math.ceil(length / math.ceil(length / (threshold + border)))
+        for first in range(1, length + 1, step):
+            before = border if first - border > 1 else 0
+            begin = first - before
+            if first + step + border - 1 <= length:
+                yield begin, first + step + border - 1, first, first + step - 1
+            else:
+                yield begin, length, first, length
+
+    for top, bottom, first_row, last_row in axis(height):
+        for left, right, first_col, last_col in axis(width):
+            patch = net(image[top - 1 : bottom, left - 1 : right][None, None].contiguous())[0, 0]
+            kept = patch[first_row - top : last_row - top + 1, first_col - left : last_col - left + 1]
+            out[first_row - 1 : last_row, first_col - 1 : last_col] = kept
+    return out
+
+
+@pytest.mark.parametrize("batch", ["auto", 1, 3])
+@pytest.mark.parametrize(("task", "threshold"), [("denoise", 120), ("deblock", 150)])
+@pytest.mark.parametrize("shape", [(1, 1), (120, 136), (137, 166), (167, 140), (300, 411), (20, 545)])
+def test_an_overlap_of_16_cuts_as_the_official_scripts_do(shape, task, threshold, batch):
+    image = torch.rand(shape)
+    net = _SeesItsWindow(small_net())
+    done = Restorer(task, model=net, overlap=16, batch=batch).restore(image)
+    expected = _as_the_official_scripts(image, net, threshold)
+    assert torch.equal(done.image, expected)
+    if done.tiled.windows > 1:
+        assert not torch.equal(net(image[None, None])[0, 0], expected)
+        other = Restorer(task, model=net, overlap=16, tile=threshold + 40)(image)
+        assert torch.equal(other, _as_the_official_scripts(image, net, threshold + 40))
+    assert torch.equal(Restorer(task, model=net, overlap=16, tile=0)(image), net(image[None, None])[0, 0])
+
+
+def test_super_resolution_is_cut_as_officially_after_the_enlargement():
+    net, image = _SeesItsWindow(small_net()), torch.rand(61, 47)
+    restored = Restorer("sr", scale=4, model=net, overlap=16)(image)
+    larger = resize.imresize(image[None].double(), 4)[0].float()
+    expected = _as_the_official_scripts(larger, net, 150)
+    torch.testing.assert_close(restored, expected, rtol=0, atol=1e-5)
+    assert (net(larger[None, None])[0, 0] - expected).abs().max() > 1e-3
+
+
+def test_short_memory_does_not_change_how_the_official_scripts_cut():
+    net = _starved(100 * 100)
+    with pytest.raises(DeviceOOM, match="also with a tile of 120"):
+        Restorer(model=net, overlap=16)(torch.rand(150, 130))
+
+
+def test_the_workspace_is_asked_for_once_for_each_size(monkeypatch):
+    asked = []
+    original = FusedMemNet.workspace_bytes
+    monkeypatch.setattr(FusedMemNet, "workspace_bytes", lambda self, *shape: (asked.append(shape), original(self, *shape))[1])
+    monkeypatch.setattr(tiling, "_KEPT_SIZES", 2)
+    restorer = Restorer(model=small_net())
+    for shape in ((9, 8), (9, 8), (8, 9), (9, 8), (7, 7), (7, 7)):
+        restorer(torch.rand(shape))
+    assert asked == [(1, 9, 8), (1, 8, 9), (1, 7, 7)]
 
 
 def test_a_big_image_is_tiled_by_the_budget_with_equal_pixels(monkeypatch):

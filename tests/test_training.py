@@ -96,7 +96,7 @@ def test_folder_is_read_whole_and_bad_files_are_counted(tmp_path: Path, caplog: 
 @pytest.mark.parametrize("name", list(bundled()))
 def test_bundled_recipes_are_sound_and_are_themselves_again(name: str) -> None:
     loaded = load_recipe(name)
-    assert loaded.task == name.removesuffix("_paper") and loaded.network.num_recursions == 6
+    assert loaded.task == name.removesuffix("_paper").removesuffix("_leg") and loaded.network.num_recursions == 6
     assert not differences(loaded.to_dict(), load_recipe(name, ("data=x", "output=y", "save_minutes=1")).to_dict())
     if name.endswith("_paper"):
         (stage,) = loaded.stages
@@ -127,6 +127,10 @@ def test_overrides_hold_for_all_stages_or_for_one(tmp_path: Path) -> None:
         ("training.batch=0", "batch must be at least 1"),
         ("training.ema=1.0", "ema"),
         ("training.memory=thin", "memory must be one of"),
+        ("training.jpeg=gpu", "jpeg must be one of auto, file, device"),
+        ("training.minutes=-1", "minutes must not be negative"),
+        ("training.minutes=inf", "minutes must be finite"),
+        ("training.compile=1", "compile must be true or false"),
         ("training.sync_batchnorm=true", "sync_batchnorm needs"),
         ("training.schedule=step", "decay_every"),
         ("training={clip_by_lr=true, lr=0.0}", "clip_by_lr divides by lr"),

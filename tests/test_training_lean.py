@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +99,70 @@ def test_rounding_is_no_worse_than_that_of_autograd(dtype: torch.dtype) -> None:
         )
     ratio = float(errors["lean"].square().mean().sqrt() / errors["plain"].square().mean().sqrt())
     assert ratio <= 1.25, errors
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, g++")
+
+
+@needs_compiler
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_compiled_kernels_compute_the_same(train: bool, layout: torch.memory_format) -> None:
+    config = dataclasses.replace(OFFICIAL, num_memory_blocks=2)
+    eager = _net(config, torch.float64).train(train).to(memory_format=layout)  # type: ignore[call-overload]
+    compiled = copy.deepcopy(eager)
+    x = torch.rand(2, 1, 5, 7, dtype=torch.float64)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected, found = lean.heads(eager, theirs), lean.heads(compiled, ours, compiled=True)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    _loss(expected).backward()
+    _loss(found).backward()
+    gradients = dict(eager.named_parameters()) | {"x": theirs}
+    largest = max(float(p.grad.abs().max()) for key, p in gradients.items() if key != "head_weights")
+    for key, p in (*compiled.named_parameters(), ("x", ours)):
+        if key != "head_weights":
+            assert float((p.grad - gradients[key].grad).abs().max()) <= 1e-9 * largest, key
+    for a, b in zip(compiled.buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@needs_compiler
+def test_compiled_kernels_round_no_worse_under_autocast() -> None:
+    """Error of all gradients against float64, as a ratio to that of the eager path."""
+    config = dataclasses.replace(OFFICIAL, num_memory_blocks=2)
+    exact, x = _net(config, torch.float64).train(), torch.rand(2, 1, 16, 9)
+    _loss(exact.heads(x.double())).backward()
+    errors = []
+    for compiled in (False, True):
+        net = _net(config, torch.float32).train()
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = lean.heads(net, x, compiled)
+        assert outputs[0].dtype == torch.float32 or outputs[0].dtype == torch.bfloat16
+        _loss(outputs).backward()
+        pairs = [
+            (p.grad.double(), q.grad)
+            for (name, p), q in zip(net.named_parameters(), exact.parameters(), strict=True)
+            if name != "head_weights" and "conv_a" not in name and q.grad.abs().max() > 1e-6
+        ]
+        errors.append(torch.stack([(p - q).square().mean() / q.square().mean() for p, q in pairs]).mean().sqrt())
+    assert errors[1] <= 1.25 * errors[0] and errors[0] > 0
+
+
+def test_a_machine_without_a_compiler_is_named(tmp_path: Path) -> None:
+    """In a process of its own: what torch.compile found out about compilers, it keeps."""
+    program = "from memnet_fast.training import lean; lean.check_compiler('cpu')"
+    environment = {
+        **os.environ,
+        "CXX": "no-such-compiler",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, env=environment)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "InputError: torch.compile does not work here" in last, done.stderr
+    assert "no-such-compiler" in last and "compile = false" in last
 
 
 def test_nothing_is_concatenated_and_little_is_kept() -> None:

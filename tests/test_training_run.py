@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -96,6 +97,54 @@ def test_other_tasks_resume_to_the_same_bits(task: str, tmp_path: Path, monkeypa
             assert train(recipe(folder, **changes), resume=True, hardware=CPU).done
         results.append(load_result(folder / "run" / "result")[0].state_dict())
     assert all(torch.equal(a, b) for a, b in zip(*(r.values() for r in results), strict=True))
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, g++")
+
+
+@needs_compiler
+def test_a_compiled_training_is_the_same_training_and_resumes_to_the_same_bits(
+    tmp_path: Path, whole: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for stop in (99, 2):
+        folder = tmp_path / str(stop)
+        folder.mkdir()
+        _StopAt.left = stop
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "_Stopping", _StopAt)
+            outcome = train(recipe(folder, training__compile=True), hardware=CPU)
+        assert outcome.done == (stop == 99)
+        if not outcome.done:
+            assert train(recipe(folder, training__compile=True), resume=True, hardware=CPU).done
+        results.append(load_result(folder / "run" / "result")[0].state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*(r.values() for r in results), strict=True))
+    # AdamW makes full steps of gradients that are zero but for rounding: those of biases before a batch normalisation.
+    for name, value in whole.items():
+        if value.ndim == 4:
+            torch.testing.assert_close(results[0][name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@needs_compiler
+def test_the_plain_path_is_compiled_as_a_whole(tmp_path: Path) -> None:
+    loaded = recipe(tmp_path, training__compile=True, training__memory="plain", network__num_memory_blocks=1)
+    net = module.MemNet(dataclasses.replace(loaded.network, num_recursions=1))
+    trainee = module.StageModule(net, loaded, 0, images(), lambda m: None)
+    x = torch.rand(2, 1, 9, 7)
+    expected, found = trainee.net.heads(x), trainee._heads(trainee.net, x)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_training_without_a_compiler_ends_before_its_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(device: torch.device) -> None:
+        assert torch.device(device).type == "cpu"
+        raise InputError("torch.compile does not work here")
+
+    monkeypatch.setattr(module.lean, "check_compiler", missing)
+    with pytest.raises(InputError, match="does not work here"):
+        train(recipe(tmp_path, training__compile=True), hardware=CPU)
+    assert not (tmp_path / "run" / "last.ckpt").exists()
 
 
 def test_died_between_steps_goes_on_from_the_last_checkpoint(

@@ -97,6 +97,21 @@ def test_jpeg_blocks_lie_anywhere() -> None:
     assert len(set(steps.tolist())) == 8
 
 
+def test_samples_are_compressed_by_a_file_or_on_the_device() -> None:
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    image = (127 + 60 * torch.sin(x / 4) + 50 * torch.cos(y / 3 + x / 11)).to(torch.uint8)
+    coders = {"auto": degrade.jpeg, "file": degrade.jpeg, "device": degrade.jpeg_blocks}
+    batches = {}
+    for kind, coder in coders.items():
+        data = ImageSet([image], LEVELS["deblock"], patch=16, jpeg=kind)
+        assert data.jpeg is coder
+        batches[kind] = sample_batch(data, 32, 0, 0)
+        assert torch.equal(batches[kind][1], batches["auto"][1])
+    assert torch.equal(batches["file"][0], batches["auto"][0])
+    difference = (batches["device"][0] - batches["file"][0]).abs() * 255
+    assert not torch.equal(*batches["file"]) and float(difference.mean()) < 0.1
+
+
 def test_seed_and_step_decide_and_shares_make_up_the_batch() -> None:
     for levels in LEVELS.values():
         data = ImageSet(_images((30, 40), (24, 60)), levels, patch=12)

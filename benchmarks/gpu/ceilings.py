@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import facts, store
-from benchmarks.gpu.timing import Clock, CudaClock, Variant, measure
+from benchmarks.gpu.timing import Variant, measure
+from memnet_fast.bench.clocks import Clock, CudaClock
 
 
 def measured(clock: Clock, device: torch.device) -> dict[str, Any]:

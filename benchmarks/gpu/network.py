@@ -19,18 +19,14 @@ from torch import Tensor
 
 import memnet_fast as mf
 from benchmarks.gpu import facts, store
-from benchmarks.gpu.cases import SIZES, NetworkCase
-from benchmarks.gpu.timing import Clock, CudaClock, HostClock, Variant, measure
-from benchmarks.peers import GPU_PEERS, Run, graphed
+from benchmarks.gpu.cases import SIZES
+from benchmarks.gpu.timing import Variant, measure
 from memnet_fast import backends
+from memnet_fast.bench.clocks import Clock, CudaClock, HostClock
+from memnet_fast.bench.gpu_peers import GPU_PEERS, Run, graphed
+from memnet_fast.bench.truth import NetworkCase, limits
 from memnet_fast.reference import MemNet
 
-# Limits of the error, as root mean square over that of the residual: 12 units in the last place of the operands (fp32: see
-# benchmarks/test_forward.py). Measured with the bundled weights on a CPU, in units: right fp16 and bf16 networks 1.4 where
-# the image stays float32, 5.6 where it does not, as in the peers; a wrong kernel is beyond 20 in fp16. A line of pixels may
-# have four times the error of all: measured 2.8 at most. fp8 is held by PSNR elsewhere; here it must only be no nonsense.
-NSR = {"fp32": 2e-5, "tf32": 12 * 2.0**-11, "fp16": 12 * 2.0**-11, "bf16": 12 * 2.0**-8, "fp8": 0.5}
-LINE = 4.0
 # Larger images fill the card by themselves; a graph of them saves nothing and holds a second workspace.
 _GRAPH_PIXELS = 1 << 18
 # Every candidate keeps its memory while the others run. Beyond so many pixels only these run, for more would not fit together.
@@ -127,8 +123,7 @@ def run_size(
     variants, made = [], {}
     for name, (precision, make) in candidates(case, peers, only).items():
         made[name] = _Made(make, case)
-        limits = {"nsr": NSR[precision], "line": LINE * NSR[precision]}
-        variants.append(Variant(name, made[name], made[name].check, limits, {"precision": precision}))
+        variants.append(Variant(name, made[name], made[name].check, limits(precision), {"precision": precision}))
     names = [v.name for v in variants]
     rows = measure(variants, clock, seconds, next((s for s in SUBJECTS if s in names), None))
     n, h, w = shape
@@ -146,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = torch.device(options.device, 0 if options.device == "cuda" else None)
     torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # "eager fp32" means float32
     clock: Clock = CudaClock(device) if device.type == "cuda" else HostClock()
     net = mf.create_model("memnet_m6r6.denoise")
     only = options.only.split(",") if options.only else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from benchmarks.gpu import ceilings, facts, store
 from benchmarks.gpu.cases import SIZES, OpCase, op_cases, op_truth
-from benchmarks.gpu.timing import Clock, CudaClock, HostClock, Variant, measure
-from memnet_fast import backends
+from benchmarks.gpu.timing import Variant, measure
+from memnet_fast import backends, native
+from memnet_fast.bench.clocks import Clock, CudaClock, HostClock
 from memnet_fast.config import MemNetConfig
 from memnet_fast.plan import Gate, Reconstruct, ResidualBlock
 
@@ -28,18 +30,40 @@ _STORE = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "
 # Root mean square of the error over that of the result, in units of the last place of operands (fp32: of 2^-22, for its sums).
 # The torch backend has 0.2 to 1.7 on a CPU; a lost tap is a third of the result, 80 units in bf16.
 _UNITS = 4.0
+# Winograd's sums have larger terms than their result.
+_WINOGRAD = 4.0
 _UNIT = {"fp32": 2.0**-22, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8, "fp8": 2.0**-4}
+
+
+def limit(precision: str, algorithm: str = "direct") -> float:
+    """Of the relative error of one operation."""
+    return _UNITS * _UNIT[precision] * (_WINOGRAD if algorithm == "winograd" else 1.0)
+
+
+def _pack(case: OpCase, backend: str, precision: str, algorithm: str, device: torch.device) -> Any:
+    if backend == "cpu" and precision == "fp32":
+        # Its own pack() renumbers the slots of a whole network, and there is none around this operation.
+        isa = os.environ.get("MEMNET_ISA") or native.module().isas()[0]
+        return backends.cpu.CpuPacked(case.plan, algorithm, isa)
+    return backends.LADDER[backend].pack(case.plan, device, precision, algorithm)
 
 
 class PlacedOp:
     """An operation in one backend, on slots in a workspace that begin as normal numbers."""
 
     def __init__(
-        self, case: OpCase, backend: str, precision: str, other: dict[str, Any] | None, h: int, w: int, device: torch.device
+        self,
+        case: OpCase,
+        backend: str,
+        precision: str,
+        other: dict[str, Any] | None,
+        h: int,
+        w: int,
+        device: torch.device,
+        algorithm: str = "direct",
     ):
         """other: what differs in the packed plan from what the backend takes by itself."""
-        module = backends.LADDER[backend]
-        packed = dataclasses.replace(module.pack(case.plan, device, precision, "direct"), **(other or {}))
+        packed = dataclasses.replace(_pack(case, backend, precision, algorithm, device), **(other or {}))
         self._case, self._packed = case, packed
         self._work = torch.empty(packed.workspace_bytes(1, h, w), dtype=torch.uint8, device=device)
         dtype, count, padded = _STORE[precision], case.plan.num_slots, getattr(packed, "padded_channels", 64)
@@ -67,7 +91,7 @@ class PlacedOp:
         return {"relative": float(error / truth.square().mean().sqrt())}
 
 
-def _eager(case: OpCase, h: int, w: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object] | None:
+def plain(case: OpCase, h: int, w: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object] | None:
     """The operation as plain PyTorch does it, channels_last, or None for one that nobody would write alone."""
     weights, op = {k: v.to(device, dtype) for k, v in case.plan.weights.items()}, case.op
 
@@ -145,11 +169,11 @@ def run_size(
                 reason = str(error)[:300]
                 rows.append({"suite": "op", "op": case.name, "variant": way.name, "status": "failed", "reason": reason})
                 continue
-            limits = {"relative": _UNITS * _UNIT[way.precision]}
+            limits = {"relative": limit(way.precision)}
             variants.append(Variant(way.name, placed, placed.check, limits, {"precision": way.precision, "op": case.name}))
-        plain = _eager(op_cases()[index], h, w, device, torch.float16 if device.type == "cuda" else torch.float32)
-        if plain is not None:
-            variants.append(Variant("eager fp16 channels_last", plain, dict, {}, {"precision": "fp16", "op": case.name}))
+        eager = plain(op_cases()[index], h, w, device, torch.float16 if device.type == "cuda" else torch.float32)
+        if eager is not None:
+            variants.append(Variant("eager fp16 channels_last", eager, dict, {}, {"precision": "fp16", "op": case.name}))
         subject = next((v.name for v in variants if v.name == "cuda fp16"), None)
         for row in measure(variants, clock, seconds, subject):
             if "ms" in row:

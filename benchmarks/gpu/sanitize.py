@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             finite = finite and bool(torch.isfinite(fast(x)).all())
         if options.backend == "cuda":
             # A newer GPU has a residual block of its own; the one of sm_80 is what the others run.
-            old = PlacedOp(op_cases()[0], "cuda", precision, 80, 33, 97, torch.device(options.device))
+            old = PlacedOp(op_cases()[0], "cuda", precision, {"capability": 80}, 33, 97, torch.device(options.device))
             # By memcpy, which initcheck sees; kernels of PyTorch are not instrumented.
             old._work.copy_(torch.zeros(old._work.shape, dtype=torch.uint8))
             old()

@@ -7,57 +7,17 @@ several times the size of the L2 cache.
 
 from __future__ import annotations
 
-import math
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import torch
+from memnet_fast.bench.clocks import Clock, quantiles
+from memnet_fast.bench.truth import verdict
 
 # Milliseconds of warm-up before a variant is timed, and at least so many runs: clocks rise, graphs and tiles are chosen.
 _WARM_MS = 50.0
 _WARM_RUNS = 3
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
-
-
-class Clock(Protocol):
-    def sample(self, run: Callable[[], object]) -> float:
-        """Milliseconds that one run takes, beginning with cold caches."""
-
-
-class CudaClock:
-    """Events on the current stream of a device.
-
-    The write that cools the caches is queued first. While it runs, the host launches what is timed, so the time of a short
-    run is that of the device and not of the first launch; a run of many launches that the host cannot keep up with shows that,
-    as its user would see it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        self._cold = torch.empty(max(4 * cache, 256 << 20), dtype=torch.int8, device=device)
-
-    def sample(self, run: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.device(self._device):
-            self._cold.zero_()
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-        return start.elapsed_time(end)
-
-
-class HostClock:
-    """For runs on a CPU, whose call returns when it is done."""
-
-    def sample(self, run: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        run()
-        return 1e3 * (time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
@@ -73,14 +33,6 @@ class Variant:
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """20 %, median, 80 %."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return fifths[0], statistics.median(values), fifths[3]
-
-
 def _gate(variant: Variant) -> dict[str, Any]:
     """A row with the verdict: status "ok", "refused" (wrong) or "failed" (an exception)."""
     row: dict[str, Any] = {"variant": variant.name, **variant.about}
@@ -89,12 +41,8 @@ def _gate(variant: Variant) -> dict[str, Any]:
     except Exception as error:  # one variant that cannot run must not cost the others
         return {**row, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
     row["errors"] = errors
-    wrong = []
-    for key, limit in variant.limits.items():
-        value = errors.get(key, math.nan)
-        if not value <= limit:  # also NaN
-            wrong.append(f"{key} {value:.2e} above {limit:.2e}")
-    return {**row, "status": "refused", "reason": "; ".join(wrong)} if wrong else {**row, "status": "ok"}
+    wrong = verdict(errors, variant.limits)
+    return {**row, "status": "refused", "reason": wrong} if wrong else {**row, "status": "ok"}
 
 
 def _warm(variant: Variant, clock: Clock) -> float:

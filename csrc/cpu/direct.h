@@ -16,9 +16,9 @@ MEMNET_INLINE i64 direct_scratch(const Shape &shape) {
 }
 
 // patch [rows + 2][cols + 2][Cp]: the block with its halo, activated, zero outside the image.
-template <Stage kStage>
+template <Stage kStage, typename T>
 void fill_patch(const float *src, const Shape &shape, const Block &block, const float *scale, const float *shift,
-                float *patch) {
+                T *patch) {
   const i64 cp = shape.cp;
   for (i64 y = block.y - 1; y <= block.y + block.rows; ++y)
     for (i64 x = block.x - 1; x <= block.x + block.cols; ++x, patch += cp) {

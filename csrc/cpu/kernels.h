@@ -48,5 +48,8 @@ const Kernels &baseline_kernels();
 const Kernels &avx2_kernels();
 const Kernels &avx512_kernels();
 #endif
+#ifdef MEMNET_AVX512_BF16
+const Kernels &avx512_bf16_kernels();
+#endif
 
 } // namespace memnet

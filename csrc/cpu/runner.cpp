@@ -45,7 +45,11 @@ std::vector<const Kernels *> runnable_kernels() {
 }
 
 const Kernels &choose_kernels(const std::string &isa) {
-  const std::vector<const Kernels *> found = runnable_kernels();
+  std::vector<const Kernels *> found = runnable_kernels();
+#ifdef MEMNET_AVX512_BF16
+  if (why_no_bf16().empty())
+    found.push_back(&avx512_bf16_kernels()); // behind the others: "auto" is fp32
+#endif
   std::string names;
   for (const Kernels *kernels : found) {
     if (isa == "auto" || isa == kernels->isa)
@@ -165,6 +169,20 @@ std::vector<std::string> runnable_isas() {
   for (const Kernels *kernels : runnable_kernels())
     names.emplace_back(kernels->isa);
   return names;
+}
+
+std::string why_no_bf16() {
+#if defined(MEMNET_AVX512_BF16)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+    return "";
+  return "this CPU has no AVX512-BF16";
+#elif defined(MEMNET_X86)
+  return "the compiler that built the native module knows no AVX512-BF16";
+#else
+  return "bf16 needs an x86-64 CPU with AVX512-BF16";
+#endif
 }
 
 Algorithm parse_algorithm(const std::string &name) {

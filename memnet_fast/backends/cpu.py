@@ -2,6 +2,10 @@
 
 algorithm "winograd" computes the 3x3 convolutions of residual blocks as F(6x6, 3x3); "direct" sums nine taps in a fixed
 order: slower, smaller error, exact on integers, and bit-equal between tiles and the whole image.
+
+precision "bf16" needs AVX512-BF16. Its sums, bias, skip and slots are float32. With algorithm "direct" operands and weights are
+rounded where the backend "torch" rounds them; the stores, which that specification rounds, too, are not: a smaller error. With
+"winograd", F(3x3, 3x3), rounded is what the transforms make of operands and weights, and the tensor between the convolutions.
 """
 
 from __future__ import annotations
@@ -24,10 +28,18 @@ from memnet_fast.config import MemNetConfig
 from memnet_fast.plan import FirstConv, FusedPlan, Gate, Reconstruct, ResidualBlock
 from memnet_fast.timing import Timing, of_native
 
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "bf16")
 ALGORITHMS = ("winograd", "direct")
 
+BF16_ISA = "avx512_bf16"
 _KIND = {FirstConv: 0, ResidualBlock: 1, Gate: 2, Reconstruct: 3}
+# How the weights of 3x3 convolutions and of gates are laid out: (in bf16, algorithm) -> functions.
+_PACKERS = {
+    (False, "winograd"): (packing.pack_winograd, packing.pack_gate),
+    (False, "direct"): (packing.pack_direct, packing.pack_gate),
+    (True, "winograd"): (packing.pack_bf16_winograd, packing.pack_bf16_gate),
+    (True, "direct"): (packing.pack_bf16_direct, packing.pack_bf16_gate),
+}
 _log = logging.getLogger("memnet_fast")
 _forked = False
 
@@ -45,11 +57,23 @@ def why_not(config: MemNetConfig, device: torch.device, precision: str, algorith
     if device.type != "cpu":
         return f"it runs on the CPU, the network is on {device}"
     if precision not in PRECISIONS:
-        return f"it computes in fp32 only, not {precision}"
+        return f"it computes in fp32 or bf16, not {precision}"
     if algorithm not in ALGORITHMS:
         return f"algorithm '{algorithm}' is not among {', '.join(ALGORITHMS)}"
     missing = native.why_missing()
-    return f"the native module is missing ({missing})" if missing else None
+    if missing:
+        return f"the native module is missing ({missing})"
+    if precision == "bf16":
+        return why_no_bf16()
+    return f"MEMNET_ISA asks for {BF16_ISA}, which computes in bf16" if os.environ.get("MEMNET_ISA") == BF16_ISA else None
+
+
+def why_no_bf16() -> str | None:
+    """Why precision "bf16" cannot run on this CPU, if it cannot; the native module must be there."""
+    wanted = os.environ.get("MEMNET_ISA") or BF16_ISA
+    if wanted != BF16_ISA:
+        return f"MEMNET_ISA asks for {wanted}, which has no bf16 products"
+    return native.module().why_no_bf16() or None
 
 
 def forked() -> bool:
@@ -65,18 +89,22 @@ def num_threads() -> int:
 
 
 def _cgroup_cpus() -> int:
-    """CPUs that the control group grants, rounded up; a large number where there is no limit."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return math.ceil(int(quota) / int(period))
-    except (OSError, ValueError):
-        return 1 << 20
+    """CPUs that the control group (version 2 or 1) grants, rounded up; a large number where there is no limit."""
+    group = Path("/sys/fs/cgroup")
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = (int(word) for name in names for word in (group / name).read_text().split())
+        except (OSError, ValueError):  # absent, or "max"
+            continue
+        if quota > 0 and period > 0:
+            return math.ceil(quota / period)
+    return 1 << 20
 
 
 def pack(plan: FusedPlan, device: torch.device, precision: str, algorithm: str) -> CpuPacked:
-    """isa: the best one that this CPU has, unless MEMNET_ISA names another."""
-    isa = os.environ.get("MEMNET_ISA") or native.module().isas()[0]
-    return CpuPacked(plan, algorithm, isa, compact=precision == "fp32")
+    """isa: the best one that this CPU has for this precision, unless MEMNET_ISA names another."""
+    isa = os.environ.get("MEMNET_ISA") or (BF16_ISA if precision == "bf16" else native.module().isas()[0])
+    return CpuPacked(plan, algorithm, isa, compact=True)
 
 
 @dataclass
@@ -112,7 +140,7 @@ class CpuPacked:
     def _fill(self, record: Any, step: Step) -> None:
         op, cp = step.op, self.padded_channels
         record["kind"] = _KIND[type(op)]
-        conv3x3 = packing.pack_winograd if self.algorithm == "winograd" else packing.pack_direct
+        conv3x3, pack_gate = _PACKERS[self.isa == BF16_ISA, self.algorithm]
         match op:
             case FirstConv():
                 record["dst"] = op.dst
@@ -137,11 +165,12 @@ class CpuPacked:
                 self._point(record, "scale", op.scale, lambda v: packing.pad_channels(v, cp))
                 self._point(record, "shift", op.shift, lambda v: packing.pad_channels(v, cp))
                 sources = self.plan.weights[op.scale].shape[0]
-                self._point(record, "weight_a", op.weight, lambda w: packing.pack_gate(w, sources, cp))
+                self._point(record, "weight_a", op.weight, lambda w: pack_gate(w, sources, cp))
                 self._point(record, "bias_a", op.bias, lambda v: packing.pad_channels(v, cp))
                 record["accumulate"] = step.first > 0
-                for key, floats in (("scale", cp), ("shift", cp), ("weight_a", cp * cp)):
-                    record[key] += step.first * floats * np.dtype(np.float32).itemsize
+                weight_bytes = cp * cp * (2 if self.isa == BF16_ISA else 4)
+                for key, size in (("scale", 4 * cp), ("shift", 4 * cp), ("weight_a", weight_bytes)):
+                    record[key] += step.first * size
             case Reconstruct():
                 self._sources(record, op.srcs)
                 weights = self.plan.weights

@@ -17,6 +17,7 @@ from types import FrameType
 import click
 
 from memnet_fast import __version__
+from memnet_fast.cli.bench import bench
 from memnet_fast.cli.convert import convert
 from memnet_fast.cli.demo import demo
 from memnet_fast.cli.doctor import doctor
@@ -40,7 +41,7 @@ def memnet() -> None:
     """Restores images with MemNet, fused."""
 
 
-for _command in (denoise, deblock, sr, evaluate, train, recipes, convert, models, profile, doctor, demo):
+for _command in (denoise, deblock, sr, evaluate, train, recipes, convert, bench, profile, models, doctor, demo):
     memnet.add_command(_command)
 
 

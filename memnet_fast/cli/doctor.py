@@ -32,7 +32,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
         ("memnet_fast", "", f"{report['memnet_fast']} on Python {report['python']}, {report['platform']}"),
         ("packages", "", packages),
         ("cpu", "", f"{cpu['model']}, {cpu['logical_cores']} logical cores, {cpu['backend_threads']} threads used"),
-        _row("native module", native, ", ".join(native["isas"])),
+        _row("native module", native, f"{', '.join(native['isas'])}; bf16: {native['why_no_bf16'] or 'yes'}"),
         _row("cuda", report["cuda"], ", ".join(report["cuda"]["devices"])),
         _row("cuda module", report["native_cuda"], _cuda_module(report["native_cuda"])),
         _row("triton", report["triton"], str(report["triton"]["version"])),

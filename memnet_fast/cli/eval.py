@@ -132,11 +132,6 @@ def _show(report: dict[str, Any], baseline: str, json_file: str | None) -> None:
     if json_file == "-":
         click.echo(text, nl=False)
         return
-    if json_file:
-        from memnet_fast.files import write_whole
-
-        write_whole(Path(json_file), text.encode())
-        say(f"wrote {shown(json_file)}")
     from rich.console import Console
     from rich.table import Table
 
@@ -153,3 +148,8 @@ def _show(report: dict[str, Any], baseline: str, json_file: str | None) -> None:
             ssim = ("-" if row[k] is None else f"{row[k]:.4f}" for k in ("ssim_degraded", "ssim"))
             table.add_row(shown(row["name"]), *psnr, *ssim)
         console.print(table)
+    if json_file:  # after the table: what was measured must not be lost with a file that cannot be written
+        from memnet_fast.files import write_whole
+
+        write_whole(Path(json_file), text.encode())
+        say(f"wrote {shown(json_file)}")

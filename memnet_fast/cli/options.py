@@ -56,14 +56,26 @@ class _WordOrNumber(click.ParamType):
         self.fail(f"expected {self.word} or a whole number of at least {self.least}, got {value!r}", param, ctx)
 
 
+class _Tile(_WordOrNumber):
+    """Also a list of them, one for each GPU, as long as all are equal."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        sides = str(value).split(",")
+        if len(set(sides)) > 1:
+            self.fail(f"one tile size serves all GPUs, so that no bit depends on which one computes, got {value!r}", param, ctx)
+        return super().convert(sides[0] if len(sides) > 1 else value, param, ctx)
+
+
 class _Gpus(click.ParamType):
-    """Numbers of GPUs -> names of devices."""
+    """Numbers of GPUs -> names of devices; None for "auto"."""
 
     name = "ID,..."
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...] | None:
         if isinstance(value, tuple):
             return value
+        if value == "auto":
+            return None
         parts = str(value).split(",")
         if parts == ["-1"]:
             return ("cpu",)
@@ -116,8 +128,10 @@ _COMMON = (
     click.option("--algorithm", default="auto", metavar="NAME", help="auto, winograd (fast), direct (tiles are bit-equal)."),
     click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N."),
     click.option("-g", "--gpu", type=_Gpus(), metavar="ID,...", help="GPUs by number; -1: the CPU. Several share the job."),
-    click.option("-t", "--tile", type=_WordOrNumber("auto", 0), default="auto", help="Side of windows; 0: whole image."),
-    click.option("--overlap", type=_WordOrNumber("exact", 0), default="exact", help="exact: no seams; 16: approximation."),
+    click.option("-t", "--tile", type=_Tile("auto", 0), default="auto", help="Side of windows; 0: whole image."),
+    click.option(
+        "--overlap", type=_WordOrNumber("exact", 0), default="exact", help="exact: no seams; 16: as the official scripts."
+    ),
     click.option("-b", "--batch", type=_WordOrNumber("auto", 1), default="auto", help="Windows computed at once."),
     click.option("-x", "--tta", is_flag=True, help="Average over 8 flips and rotations; 8 times slower."),
     click.option("--color", type=click.Choice(["y", "rgb", "gray"]), default="y", help="Luma only, each channel, or to gray."),

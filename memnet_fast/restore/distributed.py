@@ -40,7 +40,7 @@ from memnet_fast.restore.journal import FOLDER, key_of, open_journal, parse_line
 from memnet_fast.restore.pipeline import JobProgress, settings_of
 from memnet_fast.restore.report import STAGES, FileResult, JobReport, Stage
 from memnet_fast.restore.restorer import Restorer
-from memnet_fast.restore.storage import Storage, storage_of
+from memnet_fast.restore.storage import Storage, reaching, storage_of
 
 # What an actor takes at once: enough to hide the first decoding and the last encoding, few enough to be redone.
 _BATCH = 8
@@ -176,7 +176,11 @@ def _journal(job: Job, target: Storage, folder: str) -> Iterator[dict[str, set[t
             for place in dict.fromkeys(places):
                 sweep(Path(place))
         target.delete(posixpath.join(folder, FOLDER, "success.json"))
-        yield parse_lines(target.read_all(posixpath.join(folder, FOLDER), ".jsonl")) if job.existing == "skip" else {}
+        lines: dict[str, set[tuple[str, str, str]]] = {}
+        if job.existing == "skip":
+            with reaching(folder):
+                lines = parse_lines(target.read_all(posixpath.join(folder, FOLDER), ".jsonl"))
+        yield lines
 
 
 def _resources(ray: Any, count: int, gpus: int) -> dict[str, Any]:

@@ -82,9 +82,10 @@ def encode(
     try:
         if format == "TIFF":
             return tiff.encode(frames, metadata)
-        if format == "PNG" and frames[0].dtype.itemsize == 2 and channels > 1:
-            if len(frames) > 1:
-                raise ImageUnsupported("PNG cannot hold an animation of 16 bits here; write TIFF instead")
+        deep = format == "PNG" and frames[0].dtype.itemsize == 2
+        if deep and len(frames) > 1:  # of gray, Pillow would write the first frame alone, without a word
+            raise ImageUnsupported("PNG cannot hold an animation of 16 bits here; write TIFF instead")
+        if deep and channels > 1:
             return png.encode(frames[0], encoding.png_level, metadata)
         return _by_pillow(frames, format, encoding, metadata)
     except (OSError, ValueError, RuntimeError, struct.error, KeyError, TypeError, OverflowError) as error:

@@ -14,9 +14,9 @@ uint8, uint16 or floats; C is 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGBA).
 | several pages or frames (TIFF, APNG, WebP) | refused, or with pages="all" each one |
 | CMYK, YCCK, Lab, HSV, signed or 32-bit integers, 12 bits, channels that are no alpha, several pictures in a JPEG (MPO) | refused: ImageUnsupported |
 
-16-bit colour and float TIFF need the extra "io". EXIF, XMP, ICC profile and resolution are kept. Pixels stay in their stored
-order and the orientation tag stays with them; a TIFF that Pillow decodes is turned upright by it, and then has no such tag any
-more. Bit errors that leave a JPEG decodable cannot be noticed.
+16-bit colour, float TIFF and gray TIFF with alpha multiplied into it need the extra "io". EXIF, XMP, ICC profile and resolution
+are kept. Pixels stay in their stored order and the orientation tag stays with them; a TIFF that Pillow decodes is turned upright
+by it, and then has no such tag any more. Bit errors that leave a JPEG decodable cannot be noticed.
 
 The limit on pixels, of all frames together, is checked on the headers, before anything is decoded. Pillow's own
 `Image.MAX_IMAGE_PIXELS` is neither read nor changed: the decoders are called directly, below the function that would look at
@@ -203,6 +203,8 @@ def _errors_of(path: object) -> Iterator[None]:
         text = _one_line(error)
         if text.startswith("cannot handle"):  # a JPEG of 12 bits, or of 2 channels
             raise ImageUnsupported(f"{path}: {text.removeprefix('cannot handle ')} of JPEG are not restored") from error
+        if text == "unknown pixel mode":  # of a TIFF
+            raise ImageUnsupported(f"{path} has a kind of pixels that is not restored; convert it to gray or RGB") from error
         raise ImageCorrupt(f"{path} is damaged or cut off: {text}") from error
     except (IndexError, KeyError, TypeError, OverflowError, AttributeError, ArithmeticError, AssertionError) as error:
         # Parsers meet a damaged header with whatever exception comes first.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memnet_fast.errors import InputError
 from memnet_fast.restore.images import EXTENSIONS
-from memnet_fast.restore.journal import FOLDER
+from memnet_fast.restore.journal import read_lines
 
 if TYPE_CHECKING:
     from memnet_fast.restore.storage import Storage
@@ -49,17 +49,32 @@ class Job:
 
 @dataclass
 class _Found:
-    """Files with the part of their path that a mirrored tree keeps."""
+    """Files with the part of their path that a mirrored tree keeps. recorded: folders met -> the outputs in their journals."""
 
     files: list[tuple[Path, Path]] = field(default_factory=list)
     ignored: list[tuple[Path, str]] = field(default_factory=list)
+    recorded: dict[Path, Set[str]] = field(default_factory=dict)
 
     def take(self, path: Path, relative: Path, root: Path) -> None:
         reason = _why_ignored(path, root)
+        if reason is None and self._is_output(root, Path(os.path.normpath(relative))):
+            reason = "an output of an earlier run"
         if reason is None:
             self.files.append((path, relative))
         else:
             self.ignored.append((path, reason))
+
+    def _is_output(self, root: Path, relative: Path) -> bool:
+        """Whether a journal in a folder below the root lists this file. Who names a folder itself wants what is in it."""
+        for place in relative.parents:
+            folder = root / place
+            if place == Path():
+                return False
+            if folder not in self.recorded:
+                self.recorded[folder] = read_lines(folder).keys()
+            if str(relative.relative_to(place)) in self.recorded[folder]:
+                return True
+        return False
 
 
 def plan_job(
@@ -81,7 +96,7 @@ def plan_job(
     existing: "error", "overwrite", or "skip": keep what an earlier run wrote for the same input, with the same weights and
     options. A journal is kept in the output folder; for a single file only with "skip".
     compare, log: further files that the job will write, held to the same rules.
-    Outputs of an earlier run in a folder that is searched are never taken as inputs: folders in it with a journal are ignored.
+    What the journals in the folders below one that is searched list as outputs of earlier runs is never taken as input.
     Raises InputError if an input does not exist, two inputs have one output, an output is the file of another input, is its own
     input (unless "overwrite"), or, with "error", exists already.
     """
@@ -141,10 +156,6 @@ def _find_in_folder(folder: Path, recursive: bool, skip: Path | None, found: _Fo
         real = Path(os.path.realpath(here))
         if skip is not None and here != folder and real == skip:
             found.ignored.append((here, "the output folder"))
-            names.clear()
-            continue
-        if here != folder and (here / FOLDER).is_dir():
-            found.ignored.append((here, "a folder of outputs"))
             names.clear()
             continue
         for name in sorted(files):

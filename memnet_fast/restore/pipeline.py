@@ -76,6 +76,8 @@ def run_job(
     report.settings = settings_of(several[0], encoding)
     if any(settings_of(other, encoding) != report.settings for other in several[1:]):
         raise InputError("the restorers of one job must have the same weights, options and backend")
+    threads = threads or Threads.default()
+    threads.of_devices(len(several))  # before anything is touched
     journals = [] if job.folder is None else [job.folder / JOURNAL_FOLDER]
     for folder in dict.fromkeys([*(item.target.parent for item in job.items), *journals]):
         sweep(folder)
@@ -89,7 +91,7 @@ def run_job(
         # Decoders switch warnings off for themselves. That is a switch of the whole process, so with several threads it may be
         # left in any position; this puts it back when they have ended.
         stack.enter_context(warnings.catch_warnings())
-        run = _Run(job, several, encoding, reading, threads or Threads.default(), decoders, journal, report)
+        run = _Run(job, several, encoding, reading, threads, decoders, journal, report)
         run.stop_on_error, run.progress, run.on_result = stop_on_error, progress, on_result
         run.run()
         if journal is not None and len(report.results) == len(job.items) and report.count("failed") == 0:
@@ -170,14 +172,16 @@ class _Run:
     ) -> None:
         self._job, self._encoding, self._reading = job, encoding, reading
         self._decoders, self._journal, self._report = decoders, journal, report
-        counts = (threads.load, threads.proc * len(restorers), threads.save)
+        feeding = threads.of_devices(len(restorers))
+        counts = (threads.load, sum(feeding), threads.save)
         report.stages = {name: Stage(count) for name, count in zip(STAGES, counts, strict=True)}
         self._pools = {name: ThreadPoolExecutor(count, f"memnet-{name}") for name, count in zip(STAGES, counts, strict=True)}
         self._active = dict.fromkeys(STAGES, 0)
         self._events: SimpleQueue[_Event] = SimpleQueue()
         self._free: SimpleQueue[Restorer] = SimpleQueue()
-        for restorer in [r for r in restorers for _ in range(threads.proc)]:
-            self._free.put(restorer)
+        for restorer, of_it in zip(restorers, feeding, strict=True):
+            for _ in range(of_it):
+                self._free.put(restorer)
         self._group_pixels = PIXELS_PER_PASS // restorers[0].scale ** 2
         self._halt = threading.Event()
         self._gate = threading.Condition()

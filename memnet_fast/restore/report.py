@@ -15,27 +15,39 @@ STAGES = ("decode", "network", "encode")
 
 @dataclass(frozen=True)
 class Threads:
-    """How many threads decode, feed the network (for each device) and encode."""
+    """How many threads decode, feed the network and encode. proc: one number for every device, or a number for each."""
 
     load: int
-    proc: int
+    proc: int | tuple[int, ...]
     save: int
 
     def __post_init__(self) -> None:
-        for value in (self.load, self.proc, self.save):
+        procs = self.proc if isinstance(self.proc, tuple) else (self.proc,)
+        for value in (self.load, *procs, self.save):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1024:
                 raise InputError(f"threads must be three whole numbers from 1 to 1024, got {self}")
 
     def __str__(self) -> str:
-        return f"{self.load}:{self.proc}:{self.save}"
+        procs = self.proc if isinstance(self.proc, tuple) else (self.proc,)
+        return f"{self.load}:{','.join(map(str, procs))}:{self.save}"
 
     @classmethod
     def parse(cls, text: str) -> Threads:
-        """From "load:proc:save". Raises InputError."""
+        """From "load:proc:save", where proc may be one number for each device: "1:2,2:2". Raises InputError."""
         parts = text.split(":")
-        if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+        procs = parts[1].split(",") if len(parts) == 3 else []
+        if len(parts) != 3 or not all(part.isdecimal() for part in (parts[0], *procs, parts[2])):
             raise InputError(f"expected load:proc:save, three whole numbers such as 1:2:2, got {text!r}")
-        return cls(*map(int, parts))
+        proc = tuple(map(int, procs))
+        return cls(int(parts[0]), proc if len(proc) > 1 else proc[0], int(parts[2]))
+
+    def of_devices(self, count: int) -> tuple[int, ...]:
+        """Threads that feed each of `count` devices. Raises InputError if there are numbers for another count."""
+        if not isinstance(self.proc, tuple):
+            return (self.proc,) * count
+        if len(self.proc) != count:
+            raise InputError(f"the threads {self} are for {len(self.proc)} devices, but the job has {count}")
+        return self.proc
 
     @classmethod
     def default(cls) -> Threads:

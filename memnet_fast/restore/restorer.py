@@ -22,7 +22,7 @@ from memnet_fast.reference import MemNet
 from memnet_fast.resize import axes, resample
 from memnet_fast.restore import color as colors
 from memnet_fast.restore import images
-from memnet_fast.restore.tiling import Progress, Tiled, Tiler, Window
+from memnet_fast.restore.tiling import OFFICIAL_TILES, Progress, Tiled, Tiler, Window
 from memnet_fast.weights import load_weights
 
 DEFAULT_MODELS = {"denoise": "memnet_m6r6.denoise", "deblock": "memnet_m6r6.deblock", "sr": "memnet_m6r6.sr"}
@@ -57,7 +57,8 @@ class Restorer:
     the largest tile that does), 0 (whole image), or the side of the square windows in pixels. A tile that turns out too large
     is halved.
     overlap: "exact" (the receptive radius: tiled and whole results are equal; bit by bit with algorithm "direct", to rounding
-    with "winograd"), or the number of pixels that windows lose at inner edges (16: the official scripts; an approximation).
+    with "winograd"), or the number of pixels that windows lose at inner edges (an approximation). 16 cuts exactly as the
+    official test scripts do, with tile "auto" into their blocks (`tiling.OFFICIAL_TILES`), however much memory there is.
     batch: "auto", or how many windows are computed at once. tta: average over the 8 flips and rotations.
     color: "y" restores luma and keeps chroma, "rgb" restores each channel, "gray" gives one channel. Gray images stay gray.
 
@@ -116,7 +117,7 @@ class Restorer:
                 f"channel in and out restore images here"
             )
         self.net = placed(net, backend, precision, algorithm, device, own=not isinstance(model, nn.Module))
-        self._tiler = Tiler(self.net, tile, overlap, batch, tta)
+        self._tiler = Tiler(self.net, tile, overlap, batch, tta, OFFICIAL_TILES[task])
         # What was chosen stands in the place of "auto" where the choice decides about bits.
         chosen = {"backend": self.net.backend, "precision": self.net.precision, "algorithm": self.net.algorithm}
         self.options: dict[str, Any] = {"task": task, "scale": self.scale, "color": color, "tta": tta, **chosen}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from memnet_fast.errors import InputError, MissingExtra, OutputError
 from memnet_fast.files import make_folder, write_whole
 from memnet_fast.restore.images import EXTENSIONS
 from memnet_fast.restore.job import Item, Job, named
+from memnet_fast.restore.journal import FOLDER, parse_lines
 
 # Here an object appears when it is complete, so that nothing has to be renamed.
 _WHOLE_OBJECTS = ("s3", "gcs", "abfs")
@@ -67,14 +70,14 @@ class Storage:
             raise OutputError(f"cannot remove {path}: {error}") from error
 
     def find(self, folder: str, recursive: bool) -> list[str]:
-        """Paths of the files in a folder, sorted; none if there is no such folder."""
+        """Paths of the files in a folder, sorted; none if there is no such folder. Raises OSError."""
         from pyarrow import fs
 
         chosen = fs.FileSelector(folder, allow_not_found=True, recursive=recursive)
         return sorted(info.path for info in self.filesystem.get_file_info(chosen) if info.is_file)
 
     def read_all(self, folder: str, suffix: str) -> list[bytes]:
-        """The contents of all files in a folder whose names end so."""
+        """The contents of all files in a folder whose names end so. Raises OSError."""
         return [self.read(path) or b"" for path in self.find(folder, recursive=False) if path.endswith(suffix)]
 
 
@@ -83,7 +86,10 @@ def is_uri(text: str) -> bool:
 
 
 def storage_of(text: str) -> Storage:
-    """The storage of a URI; local for a path. Raises InputError for what cannot be opened, or where files appear in parts."""
+    """The storage of a URI; local for a path.
+
+    Raises InputError for what cannot be opened, where files appear in parts, and for a URI that carries a password.
+    """
     return _open(text)[0]
 
 
@@ -95,6 +101,8 @@ def _open(text: str) -> tuple[Storage, str]:
         raise MissingExtra(f"this needs PyArrow ({error}); pip install 'memnet-fast[distributed]'") from error
     if not is_uri(text):
         return Storage(fs.LocalFileSystem(), True), str(Path(text).absolute())
+    if _has_password(text):
+        raise InputError("a URI with a password would stand in logs and messages; give credentials by the environment")
     try:
         filesystem, path = fs.FileSystem.from_uri(text)
     except (ArrowException, OSError, ImportError, ValueError) as error:
@@ -102,7 +110,25 @@ def _open(text: str) -> tuple[Storage, str]:
     kind = filesystem.type_name
     if kind != "local" and kind not in _WHOLE_OBJECTS:
         raise InputError(f"{text}: files on '{kind}' would not appear whole; use file, s3, gs or abfs")
+    if not path:
+        raise InputError(f"{text} names no bucket")
     return Storage(filesystem, kind == "local"), path.rstrip("/")
+
+
+def _has_password(text: str) -> bool:
+    try:
+        return urlsplit(text).password is not None
+    except ValueError:  # not a URI; whoever opens it says so
+        return False
+
+
+@contextlib.contextmanager
+def reaching(what: str) -> Iterator[None]:
+    """An error of the storage while it is asked what there is -> InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot look at {what}: {' '.join(str(error).split())}") from error
 
 
 def plan_uris(
@@ -110,7 +136,7 @@ def plan_uris(
 ) -> Job:
     """As `plan_job`, for URIs: each input is a file or a folder, all in one storage; the output is a folder.
 
-    Hidden files, and files without an image's extension, are ignored.
+    Hidden files, files without an image's extension, and what `plan_job` knows as outputs of earlier runs are ignored.
     """
     if not all(map(is_uri, (*inputs, output))):
         raise InputError("inputs and output are either all paths or all URIs (file:// is one)")
@@ -123,10 +149,12 @@ def plan_uris(
         source = source or storage
         if not storage.filesystem.equals(source.filesystem):
             raise InputError(f"{text} is in another storage than {inputs[0]}; use one job for each")
-        info = storage.filesystem.get_file_info(path)
+        with reaching(text):
+            info = storage.filesystem.get_file_info(path)
+            found = [path] if info.is_file else storage.find(path, recursive)
+            outputs = set() if info.is_file else _recorded(storage, found, path)
         if info.type.name == "NotFound":
             raise InputError(f"there is no file or folder {text}")
-        found = [path] if info.is_file else storage.find(path, recursive)
         inside = f"{folder}/" if storage.filesystem.equals(target.filesystem) and folder != path else None
         for file in found:
             name = posixpath.basename(file) if info.is_file else posixpath.relpath(file, path)
@@ -136,10 +164,23 @@ def plan_uris(
                 ignored.append((Path(file), "a hidden file"))
             elif posixpath.splitext(name)[1].lower() not in EXTENSIONS:
                 ignored.append((Path(file), "not an image by its name"))
+            elif file in outputs:
+                ignored.append((Path(file), "an output of an earlier run"))
             else:
                 items.append(named(Path(file), Path(folder, name), format))
-    _check(items, source, target, folder, existing)
+    with reaching(output):
+        _check(items, source, target, folder, existing)
     return Job(items, ignored, None, existing, Path(folder), True, source, target)
+
+
+def _recorded(storage: Storage, found: Sequence[str], root: str) -> set[str]:
+    """The outputs in the journals of the folders below the root, all of whose files were found."""
+    outputs = set()
+    for journals in {posixpath.dirname(file) for file in found if file.endswith(".jsonl")}:
+        folder = posixpath.dirname(journals)
+        if posixpath.basename(journals) == FOLDER and folder != root:
+            outputs |= {posixpath.join(folder, name) for name in parse_lines(storage.read_all(journals, ".jsonl"))}
+    return outputs
 
 
 def _check(items: Sequence[Item], source: Storage | None, target: Storage, folder: str, existing: str) -> None:

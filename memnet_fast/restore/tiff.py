@@ -1,9 +1,9 @@
 """TIFF pages: what each one holds, those that Pillow cannot decode without loss, and the writing of all.
 
-Pillow reads up to 8 bits, and 16-bit gray. 16-bit colour, 16-bit gray where white is 0, and floats come through tifffile and
-imagecodecs (extra "io"). Everything is written here, because no library writes 16-bit colour and floats with EXIF: strips with
-Adobe's deflate, integers as differences along a row, in the byte order "II". Alpha that was multiplied into the colour is
-divided out, and written as straight alpha.
+Pillow reads up to 8 bits, and 16-bit gray. 16-bit colour, 16-bit gray where white is 0, gray with alpha multiplied into it,
+and floats come through tifffile and imagecodecs (extra "io"). Everything is written here, because no library writes 16-bit
+colour and floats with EXIF: strips with Adobe's deflate, integers as differences along a row, in the byte order "II". Alpha
+that was multiplied into the colour is divided out, and written as straight alpha.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ class Page:
     def by_pillow(self) -> bool:
         if self.sample_format == _FLOAT or self.bits > 16:
             return False
+        if self.extra[:1] == (_PREMULTIPLIED,) and self._value(_SAMPLES, 1) == 2 and self.bits == 8:
+            return False  # older versions of Pillow do not know this kind
         return self.bits <= 8 or (self._value(_SAMPLES, 1) == 1 and self.photometric == _BLACK_IS_0)
 
     @property
@@ -165,10 +167,10 @@ def decode(file: BinaryIO, index: int, page: Page) -> np.ndarray:
         pixels = pixels[..., None]
     elif found.axes == "SYX":
         pixels = np.moveaxis(pixels, 0, -1)
-    if page.photometric == _WHITE_IS_0:
-        pixels = np.iinfo(pixels.dtype).max - pixels
     if page.extra[:1] == (_PREMULTIPLIED,):
         pixels = _straight(pixels)
+    if page.photometric == _WHITE_IS_0:  # which is not said of alpha
+        pixels = np.concatenate([np.iinfo(pixels.dtype).max - pixels[..., :1], pixels[..., 1:]], -1)
     return np.ascontiguousarray(pixels.astype(pixels.dtype.newbyteorder("="), copy=False))
 
 

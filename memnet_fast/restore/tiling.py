@@ -4,6 +4,9 @@ Every window has the same size and lies inside the image, so the network sees re
 image, the same zero padding as in the whole image. Within `halo` pixels of an edge that is not the image's own, a window is
 wrong; only the rest, its core, is kept. With halo = receptive radius the cores together are the result of the whole image:
 bit by bit with the "direct" algorithm, to rounding with "winograd".
+
+An overlap of 16 cuts images as the official test scripts do instead, whose numbers can be met in no other way: into even
+blocks, each computed with 16 pixels around it where the image has them. That is less than the radius, so seams are possible.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +36,11 @@ _STEP = 16
 _BUDGET = {"cpu": (0.4, 2 << 30), "cuda": (0.6, 16 << 30)}
 # A large image on the CPU leaves this much to the workspace, whatever the result and its encoder take.
 _LEAST_BESIDE_RESULT = 1 << 30
+# Of the official scripts: pixels around a block, and the tile of each task, from which they find the size of even blocks.
+OFFICIAL_OVERLAP = 16
+OFFICIAL_TILES = {"denoise": 120, "deblock": 150, "sr": 150}
+# For how many sizes of windows the workspace is remembered.
+_KEPT_SIZES = 4096
 
 Read = Callable[[int, "Window"], np.ndarray]
 Write = Callable[[int, "Window", np.ndarray, np.ndarray], None]
@@ -62,6 +71,10 @@ class Window:
         return slice(self.rows.core_start, self.rows.core_stop), slice(self.cols.core_start, self.cols.core_stop)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.stop - self.rows.start, self.cols.stop - self.cols.start
+
+    @property
     def core_inside(self) -> tuple[slice, slice]:
         """The core in coordinates of the window."""
         r, c = self.rows, self.cols
@@ -89,6 +102,20 @@ def spans(length: int, size: int, halo: int) -> list[Span]:
 def windows(h: int, w: int, size: tuple[int, int], halo: int) -> list[Window]:
     """All windows of an image, row by row."""
     return [Window(r, c) for r in spans(h, size[0], halo) for c in spans(w, size[1], halo)]
+
+
+def official_spans(length: int, size: int, halo: int) -> list[Span]:
+    """Even blocks of at most size + halo, each with up to halo pixels on either side that the image has."""
+    count = -(-length // (size + halo))
+    step = -(-length // count)
+    cores = [(start, min(start + step, length)) for start in range(0, length, step)]
+    return [Span(max(0, start - halo), min(stop + halo, length), start, stop) for start, stop in cores]
+
+
+def official_windows(h: int, w: int, size: tuple[int, int]) -> list[Window]:
+    """The windows of the official scripts, row by row."""
+    rows, cols = (official_spans(length, side, OFFICIAL_OVERLAP) for length, side in zip((h, w), size, strict=True))
+    return [Window(r, c) for r in rows for c in cols]
 
 
 def available_bytes(device: torch.device) -> int:
@@ -154,7 +181,8 @@ def _balanced(length: int, tile: int, halo: int) -> int:
 
 @dataclass(frozen=True)
 class Tiled:
-    """How an image was computed. redone: windows that were not finite at first and were computed again in fp32."""
+    """How an image was computed. tile: height and width of windows; with the official overlap, what the blocks were found from.
+    redone: windows that were not finite at first and were computed again in fp32."""
 
     tile: tuple[int, int]
     windows: int
@@ -167,7 +195,8 @@ class Tiler:
     """Runs a network over the windows of images.
 
     net: one channel in, one channel out. tile: "auto", 0 (whole image) or the side of a window. overlap: "exact" or the
-    pixels dropped at inner edges. batch: "auto" or planes for each call. tta: average over 8 flips and rotations.
+    pixels dropped at inner edges; OFFICIAL_OVERLAP cuts as the official scripts do, by default into tiles of official_tile.
+    batch: "auto" or planes for each call. tta: average over 8 flips and rotations.
     """
 
     net: FusedMemNet
@@ -175,6 +204,11 @@ class Tiler:
     overlap: int | str = "exact"
     batch: int | str = "auto"
     tta: bool = False
+    official_tile: int = OFFICIAL_TILES["denoise"]
+
+    @property
+    def official(self) -> bool:
+        return self.overlap == OFFICIAL_OVERLAP
 
     @property
     def halo(self) -> int:
@@ -195,7 +229,8 @@ class Tiler:
         write(i, window, seen, restored) takes the core of what was read and of the result, [K, h_c, w_c] each.
         result_bytes: memory of the caller's result, which comes off the budget of automatic tiles on the CPU.
 
-        When memory runs out, first the batch and then the tile shrinks, and the images are computed again from their start.
+        When memory runs out, first the batch and then the tile shrinks (not the official one, whose size decides about
+        pixels), and the images are computed again from their start.
         A window whose result is not finite is computed again in fp32.
         Raises DeviceOOM when the smallest tile does not fit either, NumericError for a result that is not finite in fp32.
         """
@@ -213,18 +248,21 @@ class Tiler:
 
         while True:
             try:
-                return self._run(n, windows(h, w, size, self.halo), size, per_call, read, write, device, report)
+                places = official_windows(h, w, size) if self.official else windows(h, w, size, self.halo)
+                return self._run(n, places, size, per_call, read, write, device, report)
             except (DeviceOOM, torch.OutOfMemoryError) as error:
                 self.net.release_workspace()
                 smaller = max(-(-max(size) // (2 * _STEP)) * _STEP, smallest_tile(self.halo))
                 if per_call > 1:
                     per_call = 1
-                elif smaller < max(size):
+                elif smaller < max(size) and not self.official:
                     size = (min(h, smaller), min(w, smaller))
                 else:
                     raise DeviceOOM(f"not enough memory, also with a tile of {max(size)}: {error}") from error
 
     def _first_size(self, h: int, w: int, result_bytes: int) -> tuple[int, int]:
+        if self.tile == "auto" and self.official:
+            return min(self.official_tile, h), min(self.official_tile, w)
         if self.tile == "auto":
             budget = self._budget
             if next(self.net.parameters()).device.type == "cpu":
@@ -239,9 +277,20 @@ class Tiler:
         # Asked once: the workspace that is kept from one image must not change the tiles, and so the bits, of the next.
         return budget_bytes(next(self.net.parameters()).device)
 
+    @cached_property
+    def _workspaces(self) -> dict[tuple[int, int], int]:
+        return {}
+
     def _workspace(self, h: int, w: int) -> int:
-        shapes = [(h, w), (w, h)] if self.tta else [(h, w)]
-        return max(self.net.workspace_bytes(1, *shape) for shape in shapes)
+        """Bytes for one window, asked once for each size: the answer waits for a look at all of the weights."""
+        known = self._workspaces.get((h, w))
+        if known is None:
+            shapes = [(h, w), (w, h)] if self.tta else [(h, w)]
+            known = max(self.net.workspace_bytes(1, *shape) for shape in shapes)
+            if len(self._workspaces) >= _KEPT_SIZES:
+                self._workspaces.clear()
+            self._workspaces[h, w] = known
+        return known
 
     def _run(
         self,
@@ -259,7 +308,8 @@ class Tiler:
         done = redone = 0
         while done < len(items):
             first = read(*items[done])
-            group = items[done : done + max(1, per_call // first.shape[0])]
+            most = items[done : done + max(1, per_call // first.shape[0])]
+            group = list(next(groupby(most, lambda item: item[1].shape))[1])  # the first ones, of one size
             seen = np.stack([first, *(read(*item) for item in group[1:])])  # [G, K, H, W]
             restored = self._forward(self.net, seen.reshape(-1, 1, *seen.shape[2:]), per_call, device).reshape(seen.shape)
             for (i, window), before, after in zip(group, seen, restored, strict=True):

@@ -7,11 +7,16 @@ and ReLU again (elementwise) and never repeats a convolution. The batch statisti
 many units read it (as the input of a recursion, of gates, of a reconstruction).
 
 In 16 bit a gate rounds each of its partial sums, and adds them in float32; the concatenation rounds once.
+
+What lies between the convolutions are three functions of one feature map: its statistics, BN with ReLU, and their gradient.
+The first is one pass over the map already; of the others `compiled` lets torch.compile make one kernel each where eager PyTorch
+runs several, each of which reads and writes the map. Small graphs compile in seconds, the whole network takes minutes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +28,93 @@ from memnet_fast.errors import InputError
 from memnet_fast.reference import FLOATS, BNReLUConv, MemNet, MemoryBlock, check_input
 
 
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of each channel, in at least float32."""
+    # Running statistics that nobody reads say that those of a 16-bit map are wanted in float32.
+    unread = torch.zeros(2, x.shape[1], dtype=_wide(x), device=x.device)
+    return torch.ops.aten.batch_norm_update_stats(x, unread[0], unread[1], 0.0)
+
+
+def _activate(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """relu(bn(x)) in dtype."""
+    return torch.batch_norm(x, gamma, beta, mean, var, False, 0.0, eps, False).relu_().to(dtype)
+
+
+def _gradients(
+    ga: Tensor, a: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, eps: float, train: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `_activate`'s output a -> of x (in its dtype), gamma and beta. train: mean and var are those of x."""
+    ga = torch.ops.aten.threshold_backward(ga.to(x.dtype), a.to(x.dtype), 0)
+    invstd = (var + eps).rsqrt()
+    every = [True, True, True]
+    return torch.ops.aten.native_batch_norm_backward(ga, x, gamma, mean, var, mean, invstd, train, eps, every)
+
+
+# The last two, written out for a compiler.
+
+
+def _normalised(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    return (x.to(_wide(x)) - _by_channel(mean)) * _by_channel((var + eps).rsqrt())
+
+
+def _activate_written(
+    x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
+    return (_normalised(x, mean, var, eps) * _by_channel(gamma) + _by_channel(beta)).relu().to(dtype)
+
+
+def _gradients_written(
+    ga: Tensor, a: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, eps: float, train: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = _normalised(x, mean, var, eps)
+    # Where a is positive: to compute that again from x, which is read anyway, takes less time than to read a.
+    g = torch.where(n * _by_channel(gamma) + _by_channel(beta) > 0, ga.to(n.dtype), 0.0)
+    g_gamma, g_beta = (g * n).sum((0, 2, 3)), g.sum((0, 2, 3))
+    if train:
+        count = x.numel() // x.shape[1]
+        g = g - (n * _by_channel(g_gamma) + _by_channel(g_beta)) / count
+    gx = g * _by_channel(gamma * (var + eps).rsqrt())
+    return gx.to(x.dtype), g_gamma, g_beta
+
+
+def _by_channel(values: Tensor) -> Tensor:
+    return values.view(1, -1, 1, 1)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    statistics: Callable[[Tensor], tuple[Tensor, Tensor]] = _statistics
+    activate: Callable[..., Tensor] = _activate
+    gradients: Callable[..., tuple[Tensor, Tensor, Tensor]] = _gradients
+
+    def of(self, x: Tensor) -> _Pieces:
+        """The network's input has few channels: next to nothing to compute, but another shape to compile for."""
+        return self if x.shape[1] > _FEW else _EAGER
+
+
+_FEW = 3
+_EAGER = _Pieces()
+
+
+@functools.cache
+def _compiled() -> _Pieces:
+    # Each shape by itself: what is compiled for one must not depend on which came before, or a resumed training would
+    # compute other bits than one that went through.
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
+    compile_ = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+    return _Pieces(activate=compile_(_activate_written), gradients=compile_(_gradients_written))
+
+
+# Stages differ in the size of patches; eight shapes, PyTorch's limit, would be few for a program that trains many recipes.
+_SHAPES = 64
+
+
 @dataclass(frozen=True)
 class _Slot:
     """A feature map x [N, C, H, W] with the mean and the (biased) variance of its channels, [C] each; None in eval mode."""
@@ -32,20 +124,12 @@ class _Slot:
     var: Tensor | None
 
     @classmethod
-    def of(cls, x: Tensor, train: bool) -> _Slot:
+    def of(cls, x: Tensor, train: bool, pieces: _Pieces) -> _Slot:
         if not train:
             return cls(x, None, None)
         if x.numel() == x.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-        # Running statistics that nobody reads say that those of a 16-bit map are wanted in float32.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        unread = torch.zeros(2, x.shape[1], dtype=wide, device=x.device)
-        mean, var = torch.ops.aten.batch_norm_update_stats(x.detach(), unread[0], unread[1], 0.0)
-        return cls(x, mean, var)
-
-
-def _activate(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    return torch.batch_norm(x, gamma, beta, mean, var, False, 0.0, eps, False).relu_().to(dtype)
+        return cls(x, *pieces.of(x).statistics(x.detach()))
 
 
 class _Unit(torch.autograd.Function):
@@ -64,15 +148,17 @@ class _Unit(torch.autograd.Function):
         eps: float,
         train: bool,
         dtype: torch.dtype,
+        pieces: _Pieces,
         *slots: Tensor,  # [N, C_s, H, W]
     ) -> Tensor:
         ctx.save_for_backward(weight, gamma, beta, mean, var, *slots)
-        ctx.eps, ctx.train, ctx.dtype, ctx.has_bias = eps, train, dtype, bias is not None
+        ctx.eps, ctx.train, ctx.dtype, ctx.has_bias, ctx.pieces = eps, train, dtype, bias is not None, pieces
         ctx.skip_dtype = None if skip is None else skip.dtype
         out: Tensor | None = None
         pad = weight.shape[-1] // 2
         for x, part in zip(slots, _parts(slots), strict=True):
-            a = _activate(x, gamma[part], beta[part], mean[part], var[part], eps, dtype)
+            norm = (t.detach()[part] for t in (gamma, beta, mean, var))
+            a = pieces.of(x).activate(x.detach(), *norm, eps, dtype)
             own = bias.to(dtype) if out is None and bias is not None else None
             term = torch.conv2d(a, weight[:, part].to(dtype), own, padding=pad)
             if out is None:
@@ -88,7 +174,6 @@ class _Unit(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         weight, gamma, beta, mean, var, *slots = ctx.saved_tensors
         need_weight, need_bias, need_gamma, need_beta, need_skip = ctx.needs_input_grad[:5]
-        invstd = (var + ctx.eps).rsqrt()
         grad_weight = torch.empty_like(weight) if need_weight else None
         grad_gamma, grad_beta = torch.empty_like(gamma), torch.empty_like(beta)
         grad_bias = None
@@ -96,8 +181,10 @@ class _Unit(torch.autograd.Function):
         pad = weight.shape[-1] // 2
         narrow = g.to(ctx.dtype)
         for i, (x, part) in enumerate(zip(slots, _parts(slots), strict=True)):
-            a = _activate(x, gamma[part], beta[part], mean[part], var[part], ctx.eps, ctx.dtype)
-            wanted = ctx.needs_input_grad[10 + i]
+            pieces, x = ctx.pieces.of(x), x.detach()
+            norm = [t.detach()[part] for t in (gamma, beta, mean, var)]
+            a = pieces.activate(x, *norm, ctx.eps, ctx.dtype)
+            wanted = ctx.needs_input_grad[11 + i]
             grad_bias_here = need_bias and i == 0
             ga, gw, gb = torch.ops.aten.convolution_backward(
                 narrow,
@@ -119,14 +206,11 @@ class _Unit(torch.autograd.Function):
             if ga is None:
                 grad_slots.append(None)
                 continue
-            ga = torch.ops.aten.threshold_backward(ga.to(x.dtype), a.to(x.dtype), 0)
-            gx, g_gamma, g_beta = torch.ops.aten.native_batch_norm_backward(
-                ga, x, gamma[part], mean[part], var[part], mean[part], invstd[part], ctx.train, ctx.eps, [wanted, True, True]
-            )
+            gx, g_gamma, g_beta = pieces.gradients(ga, a, x, *norm, ctx.eps, ctx.train)
             grad_gamma[part], grad_beta[part] = g_gamma, g_beta
             grad_slots.append(gx if wanted else None)
         grad_skip = g.to(ctx.skip_dtype) if need_skip else None
-        return grad_weight, grad_bias, grad_gamma, grad_beta, grad_skip, None, None, None, None, None, *grad_slots
+        return grad_weight, grad_bias, grad_gamma, grad_beta, grad_skip, *(None,) * 6, *grad_slots
 
 
 def _parts(slots: Sequence[Tensor]) -> list[slice]:
@@ -138,7 +222,7 @@ def _parts(slots: Sequence[Tensor]) -> list[slice]:
     return parts
 
 
-def _unit(bn: nn.BatchNorm2d, conv: nn.Conv2d, slots: Sequence[_Slot], skip: Tensor | None = None) -> Tensor:
+def _unit(bn: nn.BatchNorm2d, conv: nn.Conv2d, slots: Sequence[_Slot], pieces: _Pieces, skip: Tensor | None = None) -> Tensor:
     """What BNReLUConv(concatenation of slots) + skip computes, running statistics included."""
     device = conv.weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else conv.weight.dtype
@@ -152,7 +236,8 @@ def _unit(bn: nn.BatchNorm2d, conv: nn.Conv2d, slots: Sequence[_Slot], skip: Ten
         assert bn.running_mean is not None and bn.running_var is not None
         mean, var = bn.running_mean, bn.running_var
     maps = (s.x for s in slots)
-    return _Unit.apply(conv.weight, conv.bias, bn.weight, bn.bias, skip, mean, var, bn.eps, bn.training, dtype, *maps)
+    how = bn.eps, bn.training, dtype, pieces
+    return _Unit.apply(conv.weight, conv.bias, bn.weight, bn.bias, skip, mean, var, *how, *maps)
 
 
 def _update_running(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
@@ -163,29 +248,30 @@ def _update_running(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -
     bn.running_var.lerp_((var * (count / (count - 1))).to(bn.running_var.dtype), weight)
 
 
-def _residual(block: MemoryBlock, h: _Slot, index: int) -> _Slot:
+def _residual(block: MemoryBlock, h: _Slot, index: int, pieces: _Pieces) -> _Slot:
     conv = 0 if len(block.conv_a) == 1 else index
     train = block.training
-    t = _Slot.of(_unit(block.bn_a[index], block.conv_a[conv], [h]), train)  # type: ignore[arg-type]
-    return _Slot.of(_unit(block.bn_b[index], block.conv_b[conv], [t], skip=h.x), train)  # type: ignore[arg-type]
+    t = _Slot.of(_unit(block.bn_a[index], block.conv_a[conv], [h], pieces), train, pieces)  # type: ignore[arg-type]
+    return _Slot.of(_unit(block.bn_b[index], block.conv_b[conv], [t], pieces, h.x), train, pieces)  # type: ignore[arg-type]
 
 
-def _memory_block(block: MemoryBlock, long: list[_Slot]) -> _Slot:
+def _memory_block(block: MemoryBlock, long: list[_Slot], pieces: _Pieces) -> _Slot:
     h, short = long[-1], []
     count = block.config.num_recursions
     for r in range(count):
         for i in range(count) if block.config.sharing == "chain" else (r,):
-            h = _residual(block, h, i)
+            h = _residual(block, h, i, pieces)
         short.append(h)
     order = long + short if block.config.gate_order == "long_short" else short + long
-    return _Slot.of(_unit(block.gate.bn, block.gate.conv, order), block.training)
+    return _Slot.of(_unit(block.gate.bn, block.gate.conv, order, pieces), block.training, pieces)
 
 
-def heads(net: MemNet, x: Tensor) -> list[Tensor]:
+def heads(net: MemNet, x: Tensor, compiled: bool = False) -> list[Tensor]:
     """What net.heads(x) returns, with the same gradients and the same effect on running statistics, in less memory.
 
     x: as for the network; under autocast the convolutions compute in its dtype, as they do in the reference. Not twice
-    differentiable. Raises InputError for inputs that the network refuses, and for a network whose batch normalisations are
+    differentiable. compiled: with kernels of torch.compile, see above; `check_compiler` says beforehand whether there is one.
+    Raises InputError for inputs that the network refuses, and for a network whose batch normalisations are
     no nn.BatchNorm2d with running statistics (nn.SyncBatchNorm: statistics here are those of one process), or are partly in
     training mode.
     """
@@ -194,16 +280,28 @@ def heads(net: MemNet, x: Tensor) -> list[Tensor]:
     check_input(x, net.config, FLOATS if autocast else (weight.dtype,), weight.device)
     _check_norms(net)
     train = net.training
-    long = [_Slot.of(_bn_relu_conv(net.first, x, train), train)]
+    pieces = _compiled() if compiled else _EAGER
+    long = [_Slot.of(_bn_relu_conv(net.first, x, pieces), train, pieces)]
     for block in net.blocks:
-        long.append(_memory_block(block, long))  # type: ignore[arg-type]
+        long.append(_memory_block(block, long, pieces))  # type: ignore[arg-type]
     outputs = long[1:] if net.config.multi_supervised else long[-1:]
     bns = list(net.recon_bn) * (len(outputs) // len(net.recon_bn))
-    return [x + _unit(bn, net.recon, [b]) for bn, b in zip(bns, outputs, strict=True)]  # type: ignore[arg-type]
+    return [x + _unit(bn, net.recon, [b], pieces) for bn, b in zip(bns, outputs, strict=True)]  # type: ignore[arg-type]
 
 
-def _bn_relu_conv(unit: BNReLUConv, x: Tensor, train: bool) -> Tensor:
-    return _unit(unit.bn, unit.conv, [_Slot.of(x, train)])
+def _bn_relu_conv(unit: BNReLUConv, x: Tensor, pieces: _Pieces) -> Tensor:
+    return _unit(unit.bn, unit.conv, [_Slot.of(x, unit.training, pieces)], pieces)
+
+
+def check_compiler(device: str | torch.device) -> None:
+    """Raises InputError, in one line, where torch.compile cannot make a kernel for a device (no C++ compiler, no Triton)."""
+    try:
+        x, values = torch.ones(1, _FEW + 1, 1, 2, device=device), torch.ones(_FEW + 1, device=device)
+        _compiled().activate(x, values, values, values, values, 1.0, x.dtype)
+    except Exception as error:  # whatever compilers, drivers and PyTorch raise
+        reason = " ".join(str(error).split())[:200] or repr(error)
+        needs = "a C++ compiler" if torch.device(device).type == "cpu" else "Triton and a C compiler"
+        raise InputError(f"torch.compile does not work here ({reason}); it needs {needs}, or compile = false") from error
 
 
 def _check_norms(net: MemNet) -> None:

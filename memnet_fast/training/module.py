@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +53,8 @@ class StageModule(lightning.LightningModule):
         self.averaged = 0  # updates of the average
         self.step = 0
         self.seconds = 0.0
+        self.rate = 0.0  # of the step at hand
+        self._spent = 0.0  # seconds before the step at hand, the same on every process; only where the stage has `minutes`
         self.last_loss = math.nan
         self._clock = time.monotonic()
         self._optimizer_state: dict[str, Any] | None = None
@@ -59,8 +62,20 @@ class StageModule(lightning.LightningModule):
         self._images: ImageSet | None = None
         self._micro = 0
         self._losses: list[Tensor] = []
-        heads = lean.heads if self.stage.memory == "lean" else _plain_heads
-        self._heads = torch.compile(heads) if self.stage.compile else heads
+        self._heads: Callable[[MemNet, Tensor], list[Tensor]]
+        if self.stage.memory == "lean":
+            self._heads = functools.partial(lean.heads, compiled=self.stage.compile)
+        else:
+            self._heads = torch.compile(_plain_heads) if self.stage.compile else _plain_heads
+
+    @property
+    def ended(self) -> bool:
+        """Whether the stage has had its steps or its minutes."""
+        return self.step >= self.stage.steps or self._late
+
+    @property
+    def _late(self) -> bool:
+        return 0 < 60 * self.stage.minutes <= self._spent
 
     def state(self) -> dict[str, Any]:
         """All that decides what comes next; with `restore`, an interrupted stage goes on, on CPUs to the same bits."""
@@ -71,7 +86,8 @@ class StageModule(lightning.LightningModule):
             "averaged": self.averaged,
             "optimizer": self.optimizers().optimizer.state_dict(),  # type: ignore[union-attr]
             "step": self.step,
-            "seconds": self.elapsed(),
+            # Between `ended` now and after `restore` there must be no difference.
+            "seconds": self._spent if self.stage.minutes else self.elapsed(),
         }
 
     def elapsed(self) -> float:
@@ -88,7 +104,8 @@ class StageModule(lightning.LightningModule):
             self.average.load_state_dict({**state["net"], **(state["average"] or {})})
             self.averaged = state["averaged"]
         self._optimizer_state = state["optimizer"]
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step = state["step"]
+        self.seconds = self._spent = state["seconds"]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         biases = [m.bias for m in self.net.modules() if isinstance(m, nn.Conv2d) and m.bias is not None]
@@ -115,7 +132,9 @@ class StageModule(lightning.LightningModule):
         return DataLoader(_Ticks(), batch_size=None)
 
     def on_fit_start(self) -> None:
-        self._images = ImageSet(self._source, self.recipe.levels, self.stage.patch, self.device)
+        if self.stage.compile:
+            lean.check_compiler(self.device)
+        self._images = ImageSet(self._source, self.recipe.levels, self.stage.patch, self.device, self.stage.jpeg)
         self._clock = time.monotonic()
 
     def on_train_start(self) -> None:
@@ -133,9 +152,11 @@ class StageModule(lightning.LightningModule):
             self._optimizer_state = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        rate = self.stage.rate(self.step)
+        if self.stage.minutes:  # one clock for all processes, or each would take another step
+            self._spent = self.trainer.strategy.broadcast(self.elapsed())
+        self.rate = self.stage.rate(self.step, self._spent)
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
-            group["lr"] = rate * group["factor"]
+            group["lr"] = self.rate * group["factor"]
 
     def checked_state(self) -> dict[str, Any]:
         """`state`. Raises NumericError where a weight is not finite: the next loss would show it, but saving comes first."""
@@ -159,12 +180,12 @@ class StageModule(lightning.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         if self.stage.clip:
-            limit = self.stage.clip / self.stage.rate(self.step) if self.stage.clip_by_lr else self.stage.clip
+            limit = self.stage.clip / self.rate if self.stage.clip_by_lr else self.stage.clip
             nn.utils.clip_grad_norm_(self.net.parameters(), limit)
 
     def told(self, step: int) -> bool:
         """Whether the loss of a step, counted from 1, is read; reading it makes a GPU wait."""
-        return step % self.recipe.log_every == 0 or step == self.stage.steps
+        return step % self.recipe.log_every == 0 or step == self.stage.steps or self._late
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """A weight that has been NaN once stays NaN: it is noticed at the next loss that is `told`, or before by
@@ -190,7 +211,7 @@ class StageModule(lightning.LightningModule):
         if self.average is not None:
             self._update_average(self.average)
         if self.told(self.step):
-            logged = {"loss": self.last_loss, "lr": self.stage.rate(self.step - 1)}
+            logged = {"loss": self.last_loss, "lr": self.rate}
             self.log_dict(logged, prog_bar=True)
             self.log("step", float(self.step))  # Lightning's own count begins anew after an interruption
         self._after_step(self)

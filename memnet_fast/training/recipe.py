@@ -4,7 +4,7 @@
     data = "~/images/train"           # folder of PNG files, or of several sets below it
     validation = "~/images/val"       # optional
     output = "runs/denoise"
-    init = "earlier/result"           # optional: a result or a weight file to start from
+    init = "earlier/result"           # optional: a result, a weight file or the name of a bundled model to start from
 
     [levels]                          # low and high, or only = [...]; see samples.Levels
     [network]                         # preset, and any field of MemNetConfig but num_recursions
@@ -38,6 +38,7 @@ _CHOICES = {
     "loss": tuple(DISTANCES),
     "precision": ("fp32", "bf16"),
     "memory": ("lean", "plain"),
+    "jpeg": ("auto", "file", "device"),
 }
 
 
@@ -45,17 +46,22 @@ _CHOICES = {
 class Stage:
     """One stage of a training. A stage starts from the result of the one before, grown to its recursions; its optimiser is new.
 
-    recursions: R of the network. steps: of the optimiser. batch: patches for each backward pass, over all processes.
-    patch: their side in pixels. accumulate: backward passes for each step.
+    recursions: R of the network. steps: of the optimiser. minutes: of training (without interruptions) after which the stage
+    ends even if it has had fewer steps, 0 for none; two such trainings are never the same to the bit. batch: patches for each
+    backward pass, over all processes. patch: their side in pixels. accumulate: backward passes for each step.
     optimizer: "adamw" (betas 0.9 and 0.99; no decay of vectors and scalars) or "sgd" (momentum 0.9). bias_rate: learning rate
-    of the convolutions' biases as a multiple of lr. lr, schedule: "cosine" (to 1 % of lr), "step" (a tenth after every
-    `decay_every` steps) or "constant", each after a linear `warmup` of that many steps.
+    of the convolutions' biases as a multiple of lr. lr, schedule: "cosine" (to 1 % of lr, over the steps or the minutes,
+    whichever end sooner), "step" (a tenth after every `decay_every` steps) or "constant", each after a linear `warmup` of that
+    many steps.
     clip: greatest norm of the gradient, 0 for none; clip_by_lr: divided by the learning rate (the paper's clipping).
     ema: decay of the average of the weights, which becomes the result; 0: the last weights do. settle: batches over which the
     statistics of batch normalisation are taken anew for validation and result; 0 keeps the running ones.
     loss: "charbonnier" or "square" (see training.losses). precision: "fp32" (by PyTorch's default, CUDA's convolutions
     round to TF32) or "bf16" for autocast. memory: "lean" (see training.lean) or "plain".
-    channels_last, compile: the memory format, and torch.compile. sync_batchnorm: statistics over all processes (CUDA; plain).
+    channels_last, compile: the memory format, and torch.compile (of what lies between the convolutions where memory is
+    "lean", of the network where it is "plain"). jpeg: "file" compresses samples with Pillow, on the CPU; "device" by the same
+    arithmetic on the device, equal but for rare roundings; "auto" is "device" on a GPU and "file" on the CPU.
+    sync_batchnorm: statistics over all processes (CUDA; plain).
     """
 
     recursions: int
@@ -79,6 +85,8 @@ class Stage:
     memory: str = "lean"
     channels_last: bool = True
     compile: bool = False
+    jpeg: str = "auto"
+    minutes: float = 0.0
     sync_batchnorm: bool = False
 
     def __post_init__(self) -> None:
@@ -86,9 +94,11 @@ class Stage:
         for name in ("recursions", "steps", "batch", "patch", "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "settle", "decay_every", "weight_decay", "bias_rate", "clip", "lr"):
+        for name in ("warmup", "settle", "decay_every", "weight_decay", "bias_rate", "clip", "lr", "minutes"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        if math.isinf(self.minutes):
+            raise InputError("minutes must be finite; 0 is for none")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got '{getattr(self, name)}'")
@@ -101,14 +111,16 @@ class Stage:
         if self.memory == "lean" and self.sync_batchnorm:
             raise InputError("sync_batchnorm needs memory = 'plain': the lean path takes the statistics of one process")
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+    def rate(self, step: int, seconds: float = 0.0) -> float:
+        """The learning rate of a step, counted from 0. seconds: of training before it; they count where there are `minutes`."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         if self.schedule == "step":
             return self.lr * 0.1 ** (step // self.decay_every)
         if self.schedule == "cosine":
             done = (step - self.warmup) / max(1, self.steps - self.warmup)
+            if self.minutes:
+                done = min(1.0, max(done, seconds / (60 * self.minutes)))
             return self.lr * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * done)))
         return self.lr
 
@@ -176,6 +188,9 @@ def load_recipe(source: str | os.PathLike[str], overrides: tuple[str, ...] = ())
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What a training would change that is continued with another recipe: lines "key: old -> new"."""
+    if "stages" in old:  # what an older program did not know was as it is by default
+        defaults = {f.name: f.default for f in dataclasses.fields(Stage) if f.default is not dataclasses.MISSING}
+        old = {**old, "stages": [{**defaults, **stage} for stage in old["stages"]]}
     before, after = _flat(_plain(old)), _flat(_plain(new))
     keys = [k for k in (*before, *(k for k in after if k not in before)) if k.split(".")[0] not in (*_FREE, "name")]
     shown = [(k, before.get(k, "nothing"), after.get(k, "nothing")) for k in keys]

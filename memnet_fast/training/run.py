@@ -1,8 +1,8 @@
 """A training from its recipe to its result: stages one after the other, checkpoints, stopping and going on.
 
 In the output folder: `last.ckpt` (all that is needed to go on), `best.result` (the validated network of the running stage with
-the highest mean PSNR), `stageN.result` of finished stages, `result` and `weights.safetensors` of the last, and what TensorBoard
-reads.
+the highest mean PSNR), `stageN.result` of finished stages, `result` and `weights.safetensors` of the last, `stopped.result`
+(the network as it was when the minutes of a leg were over), and what TensorBoard reads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 
 from memnet_fast import __version__, files
 from memnet_fast.config import MemNetConfig
-from memnet_fast.errors import CheckpointMismatch, InputError, MissingExtra, OutputError
+from memnet_fast.errors import CheckpointMismatch, InputError, MemNetError, MissingExtra, OutputError, ProcessLost
 from memnet_fast.evaluation import mean_psnr
 from memnet_fast.fused import fuse
 from memnet_fast.reference import MemNet
@@ -35,7 +35,7 @@ from memnet_fast.training import images as data
 from memnet_fast.training.recipe import Recipe, differences
 from memnet_fast.training.results import grow, load_result, read_state, save_result, write_state
 from memnet_fast.training.samples import least_side
-from memnet_fast.weights import save_weights
+from memnet_fast.weights import bundled, save_weights
 
 try:
     import lightning
@@ -48,6 +48,9 @@ except ImportError as error:
     raise MissingExtra(f"training needs Lightning and TensorBoard ({error}); pip install 'memnet_fast[train]'") from error
 
 _VERSION = 2
+# In the environment of the processes that Lightning starts: the id of the first.
+_LAUNCHER = "_MEMNET_TRAINING_LAUNCHER"
+_STOPPED = "stopped.result"
 _log = logging.getLogger(__name__)
 
 
@@ -120,10 +123,11 @@ def train(
     resume: go on from last.ckpt in the output folder, if there is one; without it a folder that has one is refused. On CPUs
     the weights are then, bit by bit, those of a training that was never interrupted (with the same processes); a GPU may add
     up gradients in another order.
-    override: also with a changed recipe. max_minutes: stop after that time, with a checkpoint.
+    override: also with a changed recipe. max_minutes: stop after that time, with a checkpoint and stopped.result.
 
     Raises InputError (recipe, data, folder in use), CheckpointMismatch (changed recipe or data; lists the changes),
-    NumericError (the loss is not finite; last.ckpt keeps an earlier state), OutputError.
+    NumericError (the loss is not finite; last.ckpt keeps an earlier state), ProcessLost (of several processes one ended; all
+    do), OutputError.
     """
     if not recipe.data:
         raise InputError("the recipe names no data; add data=FOLDER")
@@ -145,13 +149,14 @@ def train(
     validation = data.load_gray_images(recipe.validation) if recipe.validation else []
     output = Path(recipe.output).expanduser()
     with contextlib.ExitStack() as stack:
+        ending = stack.enter_context(_ending_with_launcher())
         if _first_process():
             try:
                 output.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise InputError(f"cannot make the output folder {output}: {error.strerror or error}") from error
             stack.enter_context(_locked(output))
-        run = _Run(recipe, output, images, validation, hardware, stopping)
+        run = _Run(recipe, output, images, validation, hardware, stopping, ending)
         start = run.start(resume, override)
         stack.enter_context(stopping.listening())
         outcome = run.stages(*start)
@@ -161,6 +166,53 @@ def train(
         else:
             _log.info("stopped in stage %d after step %d; --resume auto goes on", outcome.stage + 1, outcome.step)
     return outcome
+
+
+@contextlib.contextmanager
+def _ending_with_launcher() -> Iterator[threading.Event]:
+    """A process that Lightning started ends with the one that started it: that may be killed while this one waits for it, and
+    the first meeting and NCCL's exchanges wait for minutes. The other way round Lightning itself looks after. Not any more
+    when the event is set: then each may leave when it likes."""
+    launcher, ending = os.environ.get(_LAUNCHER), threading.Event()
+
+    def watch(parent: int) -> None:
+        while os.getppid() == parent:
+            if ending.wait(1):
+                return
+        if not ending.is_set():
+            os.write(2, b"memnet: error: the first process of this training ended\n")
+            os._exit(1)
+
+    if launcher is not None and int(launcher) != os.getpid():
+        threading.Thread(target=watch, args=(int(launcher),), daemon=True).start()
+    try:
+        yield ending
+    finally:
+        ending.set()
+
+
+@contextlib.contextmanager
+def _several(world: int) -> Iterator[None]:
+    """Around what several processes do together."""
+    if world == 1:
+        yield
+        return
+    # Lightning says there which process ended before it ends the others, and what it ends says nothing any more.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
+    if _LAUNCHER not in os.environ:
+        os.environ[_LAUNCHER] = str(os.getpid())
+    try:
+        yield
+    except RuntimeError as error:
+        # Gloo has no kind of error of its own.
+        lost = isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
+        if isinstance(error, MemNetError) or not lost:
+            raise
+        text = "another process of this training ended (what it said comes before this line); --resume auto goes on"
+        raise ProcessLost(text) from error
+    finally:
+        if os.environ.get(_LAUNCHER) == str(os.getpid()):
+            del os.environ[_LAUNCHER]
 
 
 @contextlib.contextmanager
@@ -190,9 +242,10 @@ class _Run:
         validation: list[torch.Tensor],
         hardware: Hardware,
         stopping: _Stopping,
+        ending: threading.Event,
     ) -> None:
         self.recipe, self.output, self.images, self.validation = recipe, output, images, validation
-        self.hardware, self.stopping = hardware, stopping
+        self.hardware, self.stopping, self.ending = hardware, stopping, ending
         self.digest = data.digest(images)
         self.task = find_task(recipe.task)
         self.history: list[dict[str, Any]] = []
@@ -222,7 +275,7 @@ class _Run:
             if self.recipe.head_start and net.head_weights is not None:
                 torch.nn.init.constant_(net.head_weights, self.recipe.head_start)
             return net, None
-        net, self.history = load_result(Path(self.recipe.init).expanduser())
+        net, self.history = load_result(bundled().get(self.recipe.init) or Path(self.recipe.init).expanduser())
         net = grow(net, first)
         if net.config != config:
             changes = differences(net.config.to_dict(), config.to_dict())
@@ -262,9 +315,9 @@ class _Run:
             module = StageModule(net, self.recipe, self.stage, self.images, self._after_step)
             if state is not None:
                 module.restore(state)
-            if module.step < module.stage.steps:
+            if not module.ended:
                 self._fit(module)
-            if module.step < module.stage.steps:
+            if not module.ended:
                 return Outcome(False, self.stopping.signal, self.stage, module.step, self.history)
             if self._next is None:
                 return Outcome(True, 0, self.stage, module.step, self.history)
@@ -302,12 +355,13 @@ class _Run:
                 logger=TensorBoardLogger(self.output, name="tensorboard", version=f"stage{self.stage + 1}"),
                 log_every_n_steps=1,  # the module decides; Lightning's own count begins anew after an interruption
             )
-            trainer.fit(module)
+            with _several(world):
+                trainer.fit(module)
 
     def _after_step(self, module: StageModule) -> None:
-        done = module.step == module.stage.steps
+        done = module.ended
         if module.told(module.step):
-            self._say(module, f"loss {module.last_loss:.5f}, learning rate {module.stage.rate(module.step - 1):.3g}")
+            self._say(module, f"loss {module.last_loss:.5f}, learning rate {module.rate:.3g}")
         if self.recipe.validate_every and module.step % self.recipe.validate_every == 0 and not done:
             self._validate(module, module.result())
         stop = module.trainer.strategy.reduce_boolean_decision(self.stopping.due, all=False)
@@ -315,8 +369,16 @@ class _Run:
             self._finish(module)
         elif stop or time.monotonic() - self._saved >= 60 * self.recipe.save_minutes:
             self._save(self.stage, module.net.config, module.checked_state())
+            if stop and not self.stopping.signal and _first_process():  # who sends a signal does not wait long
+                record = {**self._record(module), "step": module.step}
+                save_result(module.result().cpu(), [*self.history, record], self.output / _STOPPED)
+        if stop or (done and self._next is None):
+            # The first process has saved; it leaves when the others know that it may.
+            module.trainer.strategy.barrier()
+            self.ending.set()
+            module.trainer.strategy.barrier()
         self._stopped = stop
-        module.trainer.should_stop = stop
+        module.trainer.should_stop = stop or done
 
     def _say(self, module: StageModule, text: str) -> None:
         if _first_process():
@@ -384,6 +446,7 @@ class _Run:
         if last:
             if _first_process():
                 save_weights(net, self.output / "weights.safetensors", {"task": self.task.name, "recipe": self.history})
+                (self.output / _STOPPED).unlink(missing_ok=True)
             self._save(self.stage, net.config, state)
             return
         self._next, self.best = grow(net, self.recipe.stages[self.stage + 1].recursions), -math.inf

@@ -67,10 +67,13 @@ class ImageSet:
 
     images: each [H, W] uint8. levels: what they are trained for; for sr every image is cropped to sides that all scales divide,
     and what bicubic interpolation makes of the whole image is kept beside it for each scale, in float16 (its rounding is an
-    error of 78 dB, far beyond what any network reaches). Raises InputError without images or for images that hold no patch.
+    error of 78 dB, far beyond what any network reaches). jpeg: how samples are compressed, see Stage. Raises InputError without
+    images or for images that hold no patch.
     """
 
-    def __init__(self, images: list[Tensor], levels: Levels, patch: int, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, images: list[Tensor], levels: Levels, patch: int, device: str | torch.device = "cpu", jpeg: str = "auto"
+    ) -> None:
         if not images:
             raise InputError("there is no image to train on")
         self.levels, self.patch = levels, patch
@@ -85,6 +88,8 @@ class ImageSet:
         self.heights, self.widths = sizes.to(device).unbind(1)
         self.starts = torch.tensor([0, *(image.numel() for image in images[:-1])], device=device).cumsum(0)
         self.pixels = torch.cat([image.reshape(-1) for image in images]).to(device)
+        by_file = jpeg == "file" or (jpeg == "auto" and self.pixels.device.type == "cpu")
+        self.jpeg = degrade.jpeg if by_file else degrade.jpeg_blocks
         self.inputs: Tensor | None = None  # [scales, pixels]
         if levels.task == "sr":
             self.inputs = torch.stack([self._interpolated(images, int(scale)) for scale in levels.only])
@@ -132,7 +137,7 @@ def sample_batch(images: ImageSet, batch: int, seed: int, step: int, share: slic
     draws = draws[share]
     if images.levels.task == "deblock":
         wide = images.pixels[images.places(draws, patch + _JPEG_BLOCK - 1)].float() / 255
-        coded = degrade.jpeg(wide, levels.long())
+        coded = images.jpeg(wide, levels.long())
         down, right = (draws[:, 5:] * _JPEG_BLOCK).long().to(device).unbind(1)
         side = torch.arange(patch, device=device)
         rows, columns = down.view(-1, 1, 1) + side.view(1, -1, 1), right.view(-1, 1, 1) + side.view(1, 1, -1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import threading
 from pathlib import Path
 
 import lightning
@@ -36,7 +37,7 @@ def one_step(folder: Path, world: int, count: int = 2) -> dict[str, Tensor]:
     mine = images()[:count]
     torch.manual_seed(0)
     module = _Frozen(MemNet(dataclasses.replace(loaded.network, num_recursions=1)), loaded, 0, mine, lambda m: None)
-    started = run._Run(loaded, folder / "run", mine, [], run.Hardware("cpu", world), run._Stopping(None))
+    started = run._Run(loaded, folder / "run", mine, [], run.Hardware("cpu", world), run._Stopping(None), threading.Event())
     before = {name: p.detach().clone() for name, p in module.net.named_parameters()}
     trainer = lightning.Trainer(
         accelerator="cpu",

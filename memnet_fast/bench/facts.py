@@ -1,0 +1,121 @@
+"""What a file of results says about the machine and the software."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from memnet_fast import __version__
+from memnet_fast.health import cpu_model
+
+_QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,power.draw,temperature.gpu,memory.total"
+_ENGINES = ("onnx", "onnxruntime", "openvino", "ncnn", "jax", "jaxlib")
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, or None where it cannot."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def about() -> dict[str, Any]:
+    """Plain values. The commit comes from git, or from MEMNET_COMMIT where the sources are a copy without history; it is None
+    where there is no checkout. changed: files of the checkout that differ from it.
+    """
+    import torch
+
+    import memnet_fast
+    from memnet_fast import native, native_cuda
+
+    folder = str(Path(memnet_fast.__file__).parent)
+    status = _output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no", "--", ":/")
+    found: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": os.environ.get("MEMNET_COMMIT") or _output("git", "-C", folder, "rev-parse", "HEAD"),
+        "changed": None if status is None else len(status.splitlines()),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": version("triton"),
+        "nvcc": (_output("nvcc", "--version") or "").splitlines()[-1:],
+        "engines": {name: version(name) for name in _ENGINES},
+        "memnet_fast": __version__,
+        "package": folder,
+        "native_cpu": native.why_missing() or "ok",
+        "native_cuda": native_cuda.why_missing() or "ok",
+        "cpu": cpu(),
+        "gpu": None,
+    }
+    if native.why_missing() is None:
+        found["compiler"] = native.module().compiler()
+        found["flags"] = flags()
+        found["isas"] = list(native.module().isas())
+    if torch.cuda.is_available():
+        p = torch.cuda.get_device_properties(0)
+        found["gpu"] = {
+            "name": p.name,
+            "capability": f"{p.major}.{p.minor}",
+            "sm_count": p.multi_processor_count,
+            "l2_bytes": p.L2_cache_size,
+            "memory_bytes": p.total_memory,
+        }
+        values = _output("nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader", "-i", "0")
+        if values:
+            found["gpu"]["nvidia_smi"] = dict(zip(_QUERY.split(","), map(str.strip, values.split(",")), strict=False))
+    return found
+
+
+def cpu() -> dict[str, Any]:
+    """clocks: MHz of each CPU in use and the governor, or the reason why they are not known."""
+    used = sorted(os.sched_getaffinity(0))
+    try:
+        mhz = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        mhz = []
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    clocks: dict[str, Any] = {"mhz": [float(mhz[i]) for i in used] if len(mhz) > max(used) else None}
+    clocks["governor"] = governor.read_text().strip() if governor.exists() else None
+    if clocks["mhz"] is None:
+        clocks["reason"] = "the system does not tell them"
+    elif clocks["governor"] is None:
+        clocks["reason"] = "no governor is visible (a virtual machine?): the clock may change unseen"
+    return {"model": cpu_model(), "cpus": len(used), "clocks": clocks}
+
+
+def flags() -> str | None:
+    """How the kernels of the native module are compiled: the lines of the build file that say so, where it is there."""
+    lists = Path(__file__).parents[2] / "csrc" / "CMakeLists.txt"
+    if not lists.is_file():
+        return None
+    says = re.compile(r"CMAKE_CXX_FLAGS_RELEASE|target_compile_options\(memnet_|memnet_add_isa\(|_flags -m")
+    return "; ".join(line.strip() for line in lists.read_text().splitlines() if says.search(line))
+
+
+def compiler() -> str | None:
+    """The C++ compiler of this machine, which torch.compile uses."""
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    return (_output(found, "--version") or "").splitlines()[0] if found else None
+
+
+def folder_name(device: str) -> str:
+    """The folder of benchmarks/results/ for a device."""
+    return "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())

@@ -1,0 +1,255 @@
+"""Variants in processes, the gate before every time, and the rows that come out. Planted faults get no time."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from support import faults, networks
+
+from memnet_fast.bench import kept as kept_module
+from memnet_fast.bench import measure, peers, truth
+from memnet_fast.bench.peers import Variant
+from memnet_fast.bench.process import Process, VariantFailed
+from memnet_fast.bench.worker import TorchRunner
+from memnet_fast.config import MemNetConfig
+from memnet_fast.errors import InputError
+
+CPU = torch.device("cpu")
+TINY = MemNetConfig(channels=8, num_memory_blocks=1, num_recursions=1)
+SHAPE = (2, 21, 26)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return networks.build(TINY)
+
+
+class Here:
+    """A variant in this process, behind the face of one in another. times: what its runs take, in turn."""
+
+    def __init__(self, function, shape, milliseconds=1.0):
+        self.runner = TorchRunner(function, shape, 1, "cpu")
+        self.milliseconds, self.asked = milliseconds, []
+
+    def ask(self, do, seconds=0.0, file=None):
+        self.asked.append(do)
+        if do == "load":
+            self.runner.load(np.load(file))
+        elif do == "run":
+            self.runner.run()
+            np.save(file, self.runner.result())
+        return {"peak_mib": 2.0, "before_mib": 1.0} if do == "memory" else {}
+
+    def time(self, seconds=0.0):
+        self.asked.append("time")
+        return {"ms": self.milliseconds, "in_flight": 1, "others": 0.0}
+
+    def close(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.fixture
+def staged(net, tmp_path, monkeypatch):
+    """A session whose variants run here: name -> function; the first is the subject."""
+
+    def make(functions, shape=SHAPE, **variant):
+        started: dict[str, list[Here]] = {}
+
+        def start(self, v, shape, **more):
+            started.setdefault(v.name, []).append(Here(functions[v.name], shape, 1.0 if v.name == "subject" else 3.0))
+            return started[v.name][-1]
+
+        monkeypatch.setattr(measure.Session, "start", start)
+        variants = [Variant(name, variant.get("precision", "fp32")) for name in functions]
+        return measure.Session(net, tmp_path, variants, threads=1), started
+
+    return make
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("fault", faults.faults())
+def test_planted_faults_get_no_time(staged, net, fault, precision):
+    wrong = faults.faults()[fault]
+    session, started = staged({"subject": net, "faulty": lambda x: wrong(net, x)}, precision=precision)
+    subject, faulty = measure.forward(session, "2x21x26", SHAPE, 0.0)
+    assert subject["status"] == "ok" and subject["ratio"] == 1.0 and subject["errors"]["nsr"] < 2e-6
+    assert faulty["status"] == "refused" and "above" in faulty["reason"]
+    assert not any(key.startswith(("ms", "ratio")) for key in faulty)
+    assert "time" not in started["faulty"][0].asked
+
+
+@pytest.mark.parametrize("fault", faults.faults())
+def test_faults_in_a_large_image_are_refused(fault, monkeypatch):
+    """Where only windows are checked: the corners and the middle."""
+    net = networks.build(MemNetConfig(channels=4, num_memory_blocks=1, num_recursions=1))
+    monkeypatch.setattr(truth, "_WHOLE", 1000)
+    shape = (2, 130, 121)
+    assert len(truth.few_windows(*shape, net.config.receptive_radius)) == 5
+    case = truth.NetworkCase(net, shape, CPU, thrifty=True)
+    assert truth.verdict(case.errors(net), truth.limits("fp32")) is None
+    wrong = faults.faults()[fault]
+    assert truth.verdict(case.errors(lambda x: wrong(net, x)), truth.limits("bf16")) is not None
+
+
+def test_a_wrong_subject_gives_nobody_a_ratio(staged, net):
+    session, started = staged({"subject": lambda x: x, "peer": net})
+    rows = measure.forward(session, "2x21x26", SHAPE, 0.0)
+    assert [r["status"] for r in rows] == ["refused", "failed"] and "subject" in rows[1]["reason"]
+    assert all("ratio" not in r and "ms" not in r for r in rows) and "peer" not in started
+
+
+def test_a_variant_that_raises_costs_only_itself(staged, net):
+    def broken(x):
+        raise VariantFailed("no such kernel")
+
+    shown = []
+    session, _ = staged({"subject": net, "broken": broken, "peer": net})
+    rows = measure.forward(session, "2x21x26", SHAPE, 0.0, show=shown.append)
+    assert [r["status"] for r in rows] == ["ok", "failed", "ok"] and shown == rows
+    assert rows[1]["reason"] == "no such kernel" and rows[2]["ratio"] == 3.0 and rows[2]["subject"] == "subject"
+
+
+def test_missing_engines_are_named(net, tmp_path):
+    absent = Variant("engine", "fp32", needs=("json", "no_such_engine"), install="pip install it")
+    session = measure.Session(net, tmp_path, [absent], threads=1)
+    (row,) = measure.forward(session, "5x5", (1, 5, 5), 0.0)
+    assert (row["status"], row["reason"], row["install"]) == ("missing", "no_such_engine not installed", "pip install it")
+
+
+def test_masking_says_who_does_not_listen(staged, net):
+    session, _ = staged({"subject": net})
+    session.isa = "avx2"
+    session.variants = [Variant("subject", "fp32"), Variant("deaf", "fp32", needs=("no_such_engine",), masks=False)]
+    rows = measure.forward(session, "2x21x26", SHAPE, 0.0)
+    assert rows[0]["environment"]["ONEDNN_MAX_CPU_ISA"] == "AVX2" and "note" not in rows[0]
+    assert "no switch" in rows[1]["note"] and rows[1]["isa"] == "avx2"
+
+
+def test_right_networks_pass_the_gate_of_their_precision(net):
+    case = truth.NetworkCase(net, (1, 40, 50), CPU, thrifty=True)
+    for name in ("eager", "eager channels_last", "eager bf16 channels_last", "autocast bf16 channels_last"):
+        precision = "bf16" if "bf16" in name else "fp32"
+        run = peers.plain_on_cpu(networks.build(TINY), name)
+        errors = case.errors(lambda x, run=run: run(x).float())
+        assert truth.verdict(errors, truth.limits(precision)) is None, name
+        if precision == "bf16":
+            assert truth.verdict(errors, truth.limits("fp32")) is not None, f"{name} computes in float32"
+
+
+def test_few_windows_cover_the_ends():
+    for shape, halo in (((1, 600, 900), 74), ((3, 2160, 3840), 74), ((1, 20, 100_000), 10)):
+        n, h, w = shape
+        found = truth.few_windows(n, h, w, halo)
+        assert {at.image for at in found} == {n - 1}
+        assert max(at.top + at.height for at in found) == h and max(at.left + at.width for at in found) == w
+        assert min(at.top for at in found) == min(at.left for at in found) == 0
+    assert truth.few_windows(16, 64, 64, 74) == [truth.Window(i, 0, 0, 64, 64) for i in range(16)]
+
+
+# In processes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_variant_in_its_own_process(net):
+    eager = next(v for v in peers.peer_variants("cpu") if v.name == "eager")
+    own = peers.own_variants(net, "cpu")[0]
+    with measure.session(net, [own, eager], threads=1) as session:
+        rows = measure.forward(session, "9x11", (1, 9, 11), 0.0)
+    for row in rows:
+        assert row["status"] == "ok" and row["ms"] > 0 and row["rounds"] >= 3 and row["ratio"] > 0, row
+        assert row["peak_mib"] >= row["before_mib"] > 10 and row["start_s"] > 0 and 0 <= row["others"] <= 1
+        assert row["errors"]["nsr"] < truth.NSR["fp32"]
+    assert rows[1]["environment"] == peers.KEEP_PAGES and rows[0]["environment"] == {}
+    assert json.loads(json.dumps(rows)) == rows
+
+
+ENGINES = [v for v in peers.peer_variants("cpu") if v.needs and "jax" not in v.needs]
+
+
+@pytest.fixture(scope="module")
+def engines(net):
+    with measure.session(net, ENGINES, threads=1) as made:
+        yield made, made.case(SHAPE)
+
+
+@pytest.mark.parametrize("variant", ENGINES, ids=lambda v: v.name)
+def test_engines_compute_the_network(engines, variant):
+    session, case = engines
+    if absent := variant.missing():
+        pytest.skip(f"needs {', '.join(absent)}: {variant.install}")
+    assert session.why_not(variant) is None
+    with session.start(variant, SHAPE) as process:
+        row = case.gated(process, variant)
+        assert row["status"] == "ok", row
+        assert process.time()["ms"] > 0
+        assert process.ask("memory")["peak_mib"] > 10
+
+
+def test_jax_computes_the_network(net):
+    variant = next(v for v in peers.peer_variants("cpu") if v.name == "JAX")
+    if absent := variant.missing():
+        pytest.skip(f"needs {', '.join(absent)}: {variant.install}")
+    with measure.session(net, [variant], threads=1) as session, session.start(variant, SHAPE) as process:
+        assert session.case(SHAPE).gated(process, variant)["status"] == "ok"
+
+
+def test_processes_that_fail_say_why(tmp_path):
+    settings = {"folder": str(tmp_path), "shape": [1, 4, 4], "device": "cpu", "threads": 1, "own": ["torch", "fp32", "auto"]}
+    with Process(settings, {}) as process, pytest.raises(VariantFailed, match="weights.safetensors"):
+        process.ask("time")
+    with Process({"threads": 1}, {}) as process:
+        process._process.kill()
+        with pytest.raises(VariantFailed, match="ended with -9"):
+            process.ask("time")
+
+
+def test_processes_that_hang_are_left(tmp_path):
+    (tmp_path / "memnet_fast").mkdir()
+    (tmp_path / "memnet_fast" / "__init__.py").write_text("import time\ntime.sleep(60)\n")
+    settings = {"folder": str(tmp_path), "shape": [1, 4, 4], "device": "cpu", "threads": 1, "own": ["cpu", "fp32", "auto"]}
+    with Process(settings, {}, package=tmp_path) as process:
+        with pytest.raises(VariantFailed, match="no answer to 'time' within 1 seconds"):
+            process.ask("time", seconds=1.0)
+        process._process.kill()  # close() would wait for it
+
+
+# What is kept --------------------------------------------------------------------------------------------------------
+
+
+def test_the_truth_is_kept_for_its_network_only(net, tmp_path, monkeypatch):
+    shape = (1, 12, 14)
+    first = truth.NetworkCase(net, shape, CPU, thrifty=True, cache=tmp_path)
+    (kept,) = tmp_path.iterdir()
+    monkeypatch.setattr(truth.NetworkCase, "_truth", lambda *a: pytest.fail("it was there already"))
+    again = truth.NetworkCase(net, shape, CPU, thrifty=True, cache=tmp_path)
+    assert again.errors(net) == first.errors(net) and truth.verdict(again.errors(lambda x: x), truth.limits("bf16"))
+    monkeypatch.undo()
+    other = networks.build(TINY, seed=1)
+    case = truth.NetworkCase(other, shape, CPU, thrifty=True, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2 and truth.verdict(case.errors(other), truth.limits("fp32")) is None
+    assert truth.verdict(case.errors(net), truth.limits("fp32")) is not None
+    monkeypatch.setattr(kept_module.Path, "read_bytes", lambda path: b"other sources")
+    assert kept_module.Kept(tmp_path, net).get("truth", [truth], lambda: b"made") == b"made"
+
+
+def test_selection_of_peers():
+    variants = peers.peer_variants("cpu")
+
+    def names(text):
+        return [v.name for v in peers.select(variants, text)]
+
+    assert names("all") == [v.name for v in variants] and names("none") == []
+    assert names("eager channels_last") == ["eager channels_last"] and names("NCNN") == ["ncnn"]
+    assert names("openvino latency,onnx") == ["ONNX Runtime", "OpenVINO latency"]
+    assert len(names("openvino")) == 4 and not any("compile" in n for n in names("fast"))
+    for text in ("", "ncnn,", "tensorflow"):
+        with pytest.raises(InputError, match="no peer"):
+            peers.select(variants, text)
