@@ -15,7 +15,7 @@ enum class Algorithm : std::int32_t { kDirect = 0, kWinograd = 1 };
 // side: [9, 25 or num_src][Cp in / 2][Cp out][2]. Which fields an operation reads, and their shapes:
 //
 //   kFirstConv      dst; scale, shift [Cin]; weight_a [9][Cin][Cp]; bias_a [Cp]
-//   kResidualBlock  src, dst; scale, shift, bias_a, bias_b [Cp]; weight_a, weight_b [9 or 36][Cp in][Cp out]
+//   kResidualBlock  src, dst; scale, shift, bias_a, bias_b [Cp]; weight_a, weight_b [9 or 64][Cp in][Cp out]
 //   kGate           dst, num_src, srcs, accumulate; scale, shift [num_src][Cp]; weight_a [num_src][Cp in][Cp out];
 //                   bias_a [Cp], in whose place stands what dst holds, with accumulate
 //   kReconstruct    num_src, srcs, kernel, clamp, skip_weight; scale, shift [num_src][Cp];

@@ -41,6 +41,12 @@ def images_per_pass(n: int, h: int, w: int, backend: str = "cpu") -> int:
     return max(1, min(n, pixels // (h * w)))
 
 
+def workspace_bytes(packed: backends.Packed, n: int, h: int, w: int, backend: str) -> int:
+    """Bytes that every pass over a batch fits in: the last one may hold fewer images, and their schedule may need more."""
+    step = images_per_pass(n, h, w, backend)
+    return max(packed.workspace_bytes(images, h, w) for images in {step, n % step or step})
+
+
 def _fingerprint(state: Sequence[Tensor]) -> list[tuple[int, int]]:
     """Where the tensors lie and how often autograd saw them change; needs no look at their values."""
     return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in state]
@@ -157,7 +163,7 @@ class Engine:
             image = x.detach().resolve_neg().to(torch.float32).contiguous()
         out = empty((n, self.config.out_channels, h, w), torch.float32, x.device, "output")
         step = images_per_pass(n, h, w, choice.backend)
-        with self._workspace(x.device, packed.workspace_bytes(step, h, w)) as workspace:
+        with self._workspace(x.device, workspace_bytes(packed, n, h, w, choice.backend)) as workspace:
             for i in range(0, n, step):
                 packed.run(image[i : i + step], out[i : i + step], workspace)
         with short_memory("a copy of the output", x.device):

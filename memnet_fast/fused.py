@@ -141,7 +141,7 @@ class FusedMemNet(nn.Module):
     def workspace_bytes(self, n: int, h: int, w: int) -> int:
         """Bytes of workspace that a call with [n, C_in, h, w] needs (a large batch is computed in several passes)."""
         choice, packed = engine.engine(self._spec).packed(self._state())
-        return packed.workspace_bytes(engine.images_per_pass(n, h, w, choice.backend), h, w)
+        return engine.workspace_bytes(packed, n, h, w, choice.backend)
 
     def release_workspace(self) -> None:
         """Frees the workspaces kept for the next call."""

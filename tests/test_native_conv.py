@@ -91,10 +91,10 @@ def test_threads_bands_and_batch_do_not_change_a_bit(algorithm):
 
 
 def wide_block(isa: str, threads: int, width: int = 700) -> torch.Tensor:
-    """Three panels at full width, and as many bands as threads up to three."""
+    """Three panels at full width, and as many bands as threads up to three (test_the_wide_block_has_seams)."""
     generator = torch.Generator().manual_seed(8)
     parameters = block_parameters(16, generator)
-    x = single(2, 16, 39, 700, generator=generator)
+    x = single(1, 16, 39, 700, generator=generator)
     return run_block(x[..., :width].contiguous(), parameters, algorithm="winograd", isa=isa, threads=threads)
 
 
@@ -113,9 +113,17 @@ def test_bands_end_where_openmp_grants_fewer_threads():
     """A band waits for the one above it; one thread that computes both must not wait for itself."""
     code = "import test_native_conv as t; print(t.wide_block('auto', 3).double().sum().item())"
     environment = os.environ | {"OMP_THREAD_LIMIT": "1", "PYTHONPATH": os.pathsep.join([*sys.path])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == wide_block("auto", 3).double().sum().item()
+
+
+def test_the_wide_block_has_seams():
+    """Its workspace holds one for each band, where there is more than one band."""
+    one, two, three = (nh.native.module().workspace_bytes(1, 39, 700, 1, 1, 16, 4, "winograd", "auto", t) for t in (1, 2, 3))
+    scratch = one - 4 * 39 * 700 * 16 * 4  # of a thread
+    seam = three - two - scratch
+    assert seam > 0 and two - one - scratch == 2 * seam
 
 
 def test_both_winograd_schedules_are_exercised():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -53,3 +57,16 @@ def test_the_loop_of_multiply_adds_checks_its_arguments():
             module.multiply_add_rate(*arguments)
     for isa in module.isas():
         assert module.multiply_add_rate(isa, 1, 1e-4) > 1e6
+
+
+@pytest.mark.skipif(native.why_missing() is not None, reason=native.why_missing() or "built")
+def test_multiply_adds_of_threads_that_were_not_granted_do_not_count():
+    """Counted as asked for, 1024 threads of which one is granted would be a thousand times as fast as one."""
+    code = """
+from memnet_fast import native
+print(*(max(native.module().multiply_add_rate("auto", threads, 1e-3) for _ in range(5)) for threads in (1, 1024)))
+"""
+    environment = os.environ | {"OMP_THREAD_LIMIT": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    one, many = map(float, done.stdout.split())
+    assert many < 100 * one

@@ -17,8 +17,9 @@ std::string why_no_bf16();
 
 Algorithm parse_algorithm(const std::string &name);
 
-// Bytes from a 64-byte aligned base: [num_slots][N, H, W, Cp] fp32 (bf16 with avx512_bf16), a slot for the tensor
-// inside a residual block where the algorithm needs one, scratch per thread. Throws std::invalid_argument.
+// Bytes from a 64-byte aligned base: [num_slots][N, H, W, Cp] fp32, what lies between the convolutions of a residual
+// block where the algorithm needs it (that tensor, or the seams of bands), scratch per thread. A schedule for fewer
+// images may need more. Throws std::invalid_argument.
 std::int64_t workspace_bytes(const Shape &shape, Algorithm algorithm, const std::string &isa, int threads);
 
 // Runs ops[0..count). image [N, Cin, H, W], out [N, Cout, H, W] fp32. Throws std::invalid_argument before anything is

@@ -109,7 +109,9 @@ def pack(plan: FusedPlan, device: torch.device, precision: str, algorithm: str) 
 
 @dataclass
 class CpuPacked:
-    """compact: gates in parts and slots renumbered (cpu_steps), so that the workspace is smaller; the results are the same."""
+    """compact: gates in parts and slots renumbered (cpu_steps), so that the workspace is smaller. The results are the same: bit
+    for bit in fp32; in bf16 but for the order in which a gate adds up its sums.
+    """
 
     plan: FusedPlan
     algorithm: str

@@ -1,8 +1,9 @@
-"""The operations of a plan as the CPU runs them in fp32: gates take their sources in as these come, so that fewer slots do.
+"""The operations of a plan as the CPU runs them: gates take their sources in as these come, so that fewer slots do.
 
 A gate sums over its sources in their order. The short-term memories among them are read by nobody afterwards, so a pair of
-them is added to the sum as soon as the second one is there, and the slots of both are free again. The order of the sum is the
-plan's, and so is every bit of the result. M6R6 needs 9 slots in place of 13.
+them is added to the sum as soon as the second one is there, and the slots of both are free again. The fp32 gate
+adds up its sources one by one in the plan's order, so every bit of the result is the same; the bf16 gate sums over all sources
+of a part at once, so parts change its rounding. M6R6 needs 9 slots in place of 13.
 """
 
 from __future__ import annotations
