@@ -6,7 +6,8 @@
 #
 # The first argument is denoise, deblock or sr, the others change the recipe (memnet_fast/training/recipes/*_leg.toml). What
 # must be kept comes into OUT, each file below 16 MB:
-#   TASK.ckpt    to go on: give it to the next leg as FROM
+#   TASK.ckpt    to go on: give it to the next leg as FROM. stages.0.minutes are those of all legs together, by default one
+#                leg's 8; for three, give stages.0.minutes=24 to each (more of them afterwards: with --override)
 #   TASK.result  the network; python -m memnet_fast.training.export makes a weight file of it
 #
 #   DATA        folder of training images
@@ -47,7 +48,11 @@ status=$?
 for result in result stopped.result; do
   if [ -e "$run/$result" ]; then
     cp "$run/$result" "$OUT/$TASK.result"
-    break
+    exit $status
   fi
 done
+if [ $status -eq 0 ]; then
+  echo "train_leg.sh: the training in FROM has had all its minutes; to go on, add stages.0.minutes=... --override" >&2
+  exit 2
+fi
 exit $status

@@ -88,9 +88,7 @@ class Engine:
         Values are compared, not version counters: `parameter.data.mul_(2)` changes no counter.
         Raises InputError where that would have to wait for a GPU whose stream is being captured.
         """
-        if backends.cpu.forked() and torch.get_num_threads() > 1:
-            # torch's own parallel loops would wait for ever, too, for a thread pool that did not survive the fork.
-            torch.set_num_threads(1)
+        backends.cpu.spare_lost_threads()
         with self.lock:
             parameters = self._parameters.of(state)
             device = parameters.device
@@ -105,9 +103,9 @@ class Engine:
                     )
                 return self._packed
             if self._packed is None or self._seen is None or not self._seen.are_in(parameters):
-                # First the values: what another thread changes from here on is noticed at the next call.
+                # A copy, and packed is the copy: another thread may change the parameters meanwhile, and change them back.
                 seen = Values(parameters)
-                plan = lower_state(self.config, dict(zip(state_names(self.config), parameters.tensors, strict=True)), self.eps)
+                plan = lower_state(self.config, dict(zip(state_names(self.config), seen.tensors(), strict=True)), self.eps)
                 module = backends.LADDER[choice.backend]
                 self._packed = choice, module.pack(plan, device, choice.precision, choice.algorithm)
                 self._seen = seen
@@ -200,7 +198,8 @@ class Engine:
 
 
 _engines: dict[str, Engine] = {}
-_engines_lock = threading.Lock()
+# By one thread more than once: while an engine is made, garbage may be collected, and with it a network that forgets its own.
+_engines_lock = threading.RLock()
 
 
 def engine(spec: str) -> Engine:

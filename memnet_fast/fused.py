@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import uuid
 import weakref
 from collections.abc import Mapping, Sequence
@@ -41,14 +42,18 @@ def fuse(net: nn.Module, backend: str = "auto", precision: str = "auto", algorit
 
 def _require_fp8(reference: MemNet, backend: str) -> None:
     """Raises BackendUnavailable where e4m3 with scales from the running statistics cannot stand for this network."""
+    if reference.first.conv.weight.device.type == "meta":
+        raise BackendUnavailable(backend, "fp8 takes its scales from the running statistics, and on meta there are none")
+    backends.cpu.spare_lost_threads()
     limit = backends.torch.FP8_ERROR_LIMIT
     error = backends.torch.fp8_error(lower(reference))
     # Also for NaN.
     if not error <= limit:
+        amount = f"wrong by {error:.1%} of what this network changes about a test image (limit {limit:.0%})"
         raise BackendUnavailable(
             backend,
-            f"fp8 is wrong by {error:.1%} of what this network changes about a test image (limit {limit:.0%}): scales follow "
-            "from the running statistics, and these do not describe the network; load its weights before fuse(), or take fp16",
+            f"fp8 is {'not finite for a test image' if math.isnan(error) else amount}: scales follow from the running "
+            "statistics, and these do not describe the network; load its weights before fuse(), or take fp16",
         )
 
 
@@ -156,7 +161,9 @@ class FusedMemNet(nn.Module):
             require_plain(self.reference)
             trained, state = any(m.training for m in self.modules()), self._state()
         else:
-            trained, state = self._look()
+            # Under the lock of load_state_dict and to(), which may put one tensor after the other in place of the old.
+            with engine.engine(self._spec).lock:
+                trained, state = self._look()
         if trained or (x.requires_grad and torch.is_grad_enabled()) or _has_tangent(x):
             return self.reference(x.to(weight.dtype)).to(x.dtype)
         if x.shape[0] == 0 or x.device.type == "meta":

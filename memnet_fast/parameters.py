@@ -35,15 +35,15 @@ class Parameters:
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Parameters:
         """Raises InputError where they lie on several devices."""
-        device = tensors[0].device
-        if any(d != device for d in map(_device, tensors)):
+        # First of all, for another thread may give the tensors other memory (`p.data = ...`) at any moment.
+        kept = tuple(t.detach() for t in tensors)
+        device = kept[0].device
+        if any(d != device for d in map(_device, kept)):
             raise InputError("the parameters of the network lie on several devices; move it to one")
-        in_place = _plain(tensors)
-        if in_place:
-            kept = tuple(t.detach() for t in tensors)
-        else:
+        in_place = _plain(kept)
+        if not in_place:
             with short_memory("parameters", device):
-                kept = tuple(t.detach().resolve_neg().contiguous() for t in tensors)
+                kept = tuple(t.resolve_neg().contiguous() for t in kept)
         addresses = np.fromiter(map(Tensor.data_ptr, kept), np.uint64, len(kept))
         sizes = np.fromiter((t.nbytes for t in kept), np.int64, len(kept))
         return cls(kept, device, tuple(map(_dtype, kept)), addresses, sizes, in_place)
@@ -51,6 +51,10 @@ class Parameters:
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
     return all(map(Tensor.is_contiguous, tensors)) and not any(map(Tensor.is_neg, tensors))
+
+
+def _places(tensors: Sequence[Tensor]) -> tuple[list[int], list[int], list[torch.dtype]]:
+    return list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors)), list(map(_dtype, tensors))
 
 
 class Followed:
@@ -63,7 +67,7 @@ class Followed:
     def of(self, tensors: Sequence[Tensor]) -> Parameters:
         """The tensors given last are held, so that nothing else can come to lie at their addresses: memory at the same
         addresses is the same memory. Its shape, dtype and order may still be another one (`p.data = p.data.mT`)."""
-        at = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors)), list(map(_dtype, tensors))
+        at = _places(tensors)
         # What has no memory (device "meta") has address 0 everywhere.
         if self._last is not None and at == self._at and _plain(tensors) and all(at[0]):
             return self._last
@@ -71,7 +75,8 @@ class Followed:
         self._last = None
         known = Parameters.of(tensors)
         if known.in_place:
-            self._last, self._at = known, at
+            # Of what is kept: the tensors themselves may lie elsewhere again.
+            self._last, self._at = known, _places(known.tensors)
         return known
 
 
@@ -79,20 +84,26 @@ class Values:
     """The values of parameters, bit for bit, as they were. Reading those of a GPU waits for it."""
 
     def __init__(self, parameters: Parameters) -> None:
-        self._of = parameters
+        # Not the parameters themselves: they would keep memory alive that the network has left.
+        self._device, self._dtypes, self._sizes = parameters.device, parameters.dtypes, parameters.sizes
+        self._shapes = [t.shape for t in parameters.tensors]
         self._bytes = _bytes_of(parameters)
         self._host = self._bytes.numpy() if parameters.device.type == "cpu" and native.why_missing() is None else None
 
     def are_in(self, parameters: Parameters) -> bool:
-        of = self._of
-        if parameters is not of:
-            if parameters.device != of.device or parameters.dtypes != of.dtypes:
-                return False
-            if not np.array_equal(parameters.sizes, of.sizes):
-                return False
+        if parameters.device != self._device or parameters.dtypes != self._dtypes:
+            return False
+        if not np.array_equal(parameters.sizes, self._sizes):
+            return False
         if self._host is None:
             return torch.equal(_bytes_of(parameters), self._bytes)
         return native.module().same_bytes(parameters.addresses, parameters.sizes, self._host)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The values as tensors of their own."""
+        # Copies, because behind a tensor of 16 bit one of 32 need not lie at a multiple of four bytes.
+        parts = zip(self._bytes.split(self._sizes.tolist()), self._dtypes, self._shapes, strict=True)
+        return tuple(part.clone().view(dtype).view(shape) for part, dtype, shape in parts)
 
 
 def _bytes_of(parameters: Parameters) -> Tensor:

@@ -134,6 +134,19 @@ def test_t53_fork_after_use(backend):
         torch.set_num_threads(threads)
 
 
+def test_t53_fuse_in_a_forked_process():
+    """fp8 looks at the weights and computes when it is asked for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        net = mf.create_model("memnet_m6r6.denoise")
+        mf.fuse(net, backend="torch")(networks.image(1, 1, 24, 25))
+        assert _in_child(lambda: mf.fuse(net, backend="torch", precision="fp8").precision) == "fp8"
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _spawned(fast, x, queue):
     queue.put(fast(x).numpy())
 

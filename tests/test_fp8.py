@@ -128,6 +128,30 @@ def test_statistics_that_do_not_describe_the_network_are_refused(make) -> None:
     assert mf.fuse(net, backend="torch", precision="fp16").precision == "fp16"
 
 
+def test_the_check_does_not_depend_on_the_default_dtype() -> None:
+    plan = lower(mf.create_model("memnet_m6r6.denoise"))
+    expected = torch_backend.fp8_error(plan)
+    for dtype in (torch.float16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch_backend.fp8_error(plan) == expected
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_a_network_that_changes_nothing_is_exact() -> None:
+    net = build(MemNetConfig(channels=8, num_memory_blocks=1, num_recursions=1, multi_supervised=False))
+    with torch.no_grad():
+        net.recon.weight.zero_()
+        net.recon.bias.zero_()
+    assert torch_backend.fp8_error(lower(net)) == 0
+
+
+def test_without_numbers_there_are_no_scales() -> None:
+    with pytest.raises(mf.BackendUnavailable, match="on meta there are none"):
+        mf.fuse(_never_trained().to("meta"), backend="torch", precision="fp8")
+
+
 def test_statistics_that_describe_the_network_are_not_refused() -> None:
     assert mf.fuse(_variance(4), backend="torch", precision="fp8").precision == "fp8"
     plans = [lower(mf.create_model(f"memnet_m6r6.{task}")) for task in ("denoise", "sr", "deblock")]

@@ -161,6 +161,10 @@ def test_the_leg_script_goes_on_from_the_file_of_the_leg_before(tmp_path: Path) 
     second = leg("deblock", *small, "stages.0.steps=2", "--override", FROM=str(kept))
     assert second.returncode == 0 and "step 2 of 2" in second.stderr and "step 1 of" not in second.stderr, second.stderr
     assert math.isfinite(load_result(result)[1][-1]["hours"]) and checkpoint.exists()
+    finished = checkpoint.rename(tmp_path / "finished")
+    result.unlink()
+    third = leg("deblock", *small, "stages.0.steps=2", FROM=str(finished))
+    assert third.returncode == 2 and "has had all its minutes" in third.stderr.splitlines()[-1] and not result.exists()
 
 
 @pytest.mark.parametrize(("words", "said"), [(["colourise"], "denoise, deblock or sr"), (["sr"], "DATA names no folder")])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
 
 import numpy as np
 import pytest
@@ -289,6 +291,106 @@ def test_training_mode_of_any_layer(net, x, path):
         assert torch.equal(fast(x), y)
 
 
+# Other threads -------------------------------------------------------------------------------------------------------
+
+
+def test_a_change_while_weights_are_packed_that_is_taken_back(net, x, monkeypatch):
+    """As another thread makes it that measures with averaged weights: what is packed is what was compared."""
+    expected = mf.fuse(net, backend="torch")(x)
+    lower_state, weight = engine.lower_state, _first(net).weight
+
+    def disturbed(*args):
+        weight.data.mul_(2)
+        plan = lower_state(*args)
+        weight.data.mul_(0.5)
+        return plan
+
+    fast = mf.fuse(net, backend="torch")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "lower_state", disturbed)
+        assert torch.equal(fast(x), expected)
+    assert torch.equal(fast(x), expected)
+
+
+def test_memory_that_is_exchanged_meanwhile_and_given_back(net, monkeypatch):
+    tensors = [p for p in net.parameters()]
+    own, other = tensors[0].data, tensors[0].data + 1
+    original = Parameters.of
+
+    def exchanged(given):
+        tensors[0].data = other
+        known = original(given)
+        tensors[0].data = own
+        return known
+
+    followed = Followed()
+    with monkeypatch.context() as patch:
+        patch.setattr(Parameters, "of", exchanged)
+        followed.of(tensors)
+    assert torch.equal(followed.of(tensors).tensors[0], own)
+
+
+def test_a_call_while_parameters_are_replaced_sees_none_of_them_or_all(net, x, monkeypatch):
+    """load_state_dict(assign=True) puts one tensor after the other into the modules."""
+    fast, new = mf.fuse(net, backend="torch"), networks.build(CONFIG, seed=9)
+    old, expected = fast(x), mf.fuse(new, backend="torch")(x)
+    half, go_on, last = threading.Event(), threading.Event(), net.recon
+    load = last._load_from_state_dict
+
+    def paused(*args):
+        half.set()
+        go_on.wait(30)
+        load(*args)
+
+    monkeypatch.setattr(last, "_load_from_state_dict", paused)
+    results = []
+    state = {f"reference.{name}": tensor for name, tensor in new.state_dict().items()}
+    threads = [threading.Thread(target=lambda: fast.load_state_dict(state, assign=True))]
+    threads[0].start()
+    assert half.wait(30)
+    threads.append(threading.Thread(target=lambda: results.append(fast(x))))
+    threads[1].start()
+    threads[1].join(0.3)  # it cannot end, and without the lock has looked at half of the new ones
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert torch.equal(results[0], expected) or torch.equal(results[0], old)
+    assert torch.equal(fast(x), expected)
+
+
+def test_a_network_that_is_collected_while_an_engine_is_made(net, x, monkeypatch):
+    """In a thread of its own, which may be lost."""
+    lost = mf.fuse(copy.deepcopy(net), backend="torch")
+    lost(x)
+    spec, lost.itself = lost._spec, [lost]
+    fast = mf.fuse(net, backend="torch")
+
+    class Collecting(engine.Engine):
+        def __init__(self, spec):
+            gc.collect()
+            super().__init__(spec)
+
+    results = []
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "Engine", Collecting)
+        patch.setattr(engine, "_engines_lock", type(engine._engines_lock)())
+        del lost
+        thread = threading.Thread(target=lambda: results.append(fast(x)), daemon=True)
+        thread.start()
+        thread.join(60)
+    assert len(results) == 1 and spec not in engine._engines
+
+
+def test_memory_that_the_network_has_left_is_free(net, x):
+    fast = mf.fuse(net, backend="torch")
+    fast(x)
+    address = _first(net).weight.data_ptr()
+    net.load_state_dict({k: v.clone() for k, v in net.state_dict().items()}, assign=True)
+    fast(x)
+    gc.collect()
+    assert not [o for o in gc.get_objects() if type(o) is Parameters and address in o.addresses.tolist()]
+
+
 # Who looks at operators ----------------------------------------------------------------------------------------------
 
 
@@ -350,6 +452,13 @@ def test_copies_of_what_is_not_contiguous_are_not_kept():
     assert values.are_in(followed.of([odd]))
     odd[1, 2, 0, 1] += 1
     assert not values.are_in(followed.of([odd]))
+
+
+def test_values_are_kept_as_tensors():
+    tensors = [torch.arange(3, dtype=torch.float16), torch.randn(2, 3), torch.randn(4, 1).double().mT]
+    kept = Values(Parameters.of(tensors)).tensors()
+    for value, tensor in zip(kept, tensors, strict=True):
+        assert torch.equal(value, tensor) and value.dtype == tensor.dtype and value.data_ptr() != tensor.data_ptr()
 
 
 def test_values_of_another_size_or_dtype():

@@ -81,6 +81,13 @@ def forked() -> bool:
     return _forked
 
 
+def spare_lost_threads() -> None:
+    """In a forked process torch computes with one thread from here on: its parallel loops would wait for ever for a thread pool
+    that did not survive the fork."""
+    if _forked and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
+
 def num_threads() -> int:
     """Threads for one call: torch.get_num_threads(), but no more than this process may use; 1 in a forked child."""
     if _forked:
