@@ -37,7 +37,8 @@ def version(package: str) -> str | None:
 
 def about() -> dict[str, Any]:
     """Plain values. The commit comes from git, or from MEMNET_COMMIT where the sources are a copy without history; it is None
-    where there is no checkout (an installed package may lie in somebody else's). changed: files of the checkout that differ from it.
+    where the package is no part of a checkout (it may be installed inside a stranger's). changed: files of the checkout that
+    differ from it.
     """
     import torch
 
