@@ -94,7 +94,8 @@ def _show(row: dict[str, Any]) -> None:
         text = f"{row['peak_mib']:.0f} MiB"
     else:
         text = f"{row['status']}: {row['reason']}"
-    nsr = f"  nsr {row['errors']['nsr']:.1e}" if "errors" in row else ""
+    error = row.get("errors", {}).get("nsr")
+    nsr = "" if error is None else f"  nsr {error:.1e}"
     others = f"  others {row['others']:.0%}" if row.get("others") else ""
     print(f"{row['size']:10} {row['variant']:40} {text}{nsr}{others}", flush=True)
 

@@ -104,6 +104,7 @@ def test_what_is_wrong_or_missing_is_said(run, model, told):
         row("ours"),
         row("slow", ratio=3.25, ratio_interval=None, enough=False, others=0.31),
         without_times("wrong", "refused", reason="nsr 1.0e+00 above 2.0e-05", errors={"nsr": 1.0}),
+        without_times("nan", "refused", reason="nsr nan above 2.0e-05", errors={"nsr": None}),
         without_times("absent", "missing", reason="engine not installed", install="pip install memnet_fast[bench]"),
     )
     code, table, _ = run("-n", model, "-q")
@@ -150,6 +151,7 @@ def test_what_runs_by_default(run, model, told):
         (("--device", "cuda:99"), 5, "CUDA"),
         (("--backends", "cuda", "--device", "cpu"), 5, "cuda"),
         (("--threads", "0"), 2, "--threads"),
+        (("--threads", "100000"), 2, "CPUs"),
         (("--seconds", "0"), 2, "--seconds"),
         (("more",), 2, "more"),
     ],

@@ -32,7 +32,7 @@ class Here:
 
     def __init__(self, function, shape, milliseconds=1.0):
         self.runner = TorchRunner(function, shape, 1, "cpu")
-        self.milliseconds, self.asked = milliseconds, []
+        self.milliseconds, self.asked, self.dead = milliseconds, [], False
 
     def ask(self, do, seconds=0.0, file=None):
         self.asked.append(do)
@@ -46,6 +46,9 @@ class Here:
     def time(self, seconds=0.0):
         self.asked.append("time")
         return {"ms": self.milliseconds, "in_flight": 1, "others": 0.0}
+
+    def ended(self):
+        return self.dead
 
     def close(self):
         pass
@@ -116,6 +119,35 @@ def test_a_variant_that_raises_costs_only_itself(staged, net):
     rows = measure.forward(session, "2x21x26", SHAPE, 0.0, show=shown.append)
     assert [r["status"] for r in rows] == ["ok", "failed", "ok"] and shown == rows
     assert rows[1]["reason"] == "no such kernel" and rows[2]["ratio"] == 3.0 and rows[2]["subject"] == "subject"
+
+
+def test_a_subject_that_dies_is_named(staged, net, monkeypatch):
+    session, started = staged({"subject": net, "peer": net})
+    time = Here.time
+
+    def die(here, seconds=0.0):
+        if "peer" in started and here is started["subject"][0]:
+            here.dead = True
+            raise VariantFailed("its process ended with -9")
+        return time(here)
+
+    monkeypatch.setattr(Here, "time", die)
+    rows = measure.forward(session, "2x21x26", SHAPE, 0.0)
+    assert [r["status"] for r in rows] == ["ok", "failed"] and rows[1]["reason"] == "subject: its process ended with -9"
+
+
+def test_results_that_are_no_numbers_are_valid_json(staged, net):
+    session, _ = staged({"subject": net, "nan": lambda x: x * float("nan")})
+    _, row = measure.forward(session, "2x21x26", SHAPE, 0.0)
+    assert row["status"] == "refused" and row["errors"] == {"nsr": None, "line": None}
+    json.dumps(row, allow_nan=False)
+
+
+def test_of_the_second_content_only_a_corner_is_computed(net):
+    case = truth.NetworkCase(net, (2, 50, 60), CPU, thrifty=True)
+    first, second = ([tuple(t.shape) for t in truths] for truths in case._truths)
+    assert first == [(1, 50, 60)] * 2 and second == [(1, 32, 32)]
+    assert truth.verdict(case.errors(net), truth.limits("fp32")) is None
 
 
 def test_missing_engines_are_named(net, tmp_path):
@@ -218,7 +250,18 @@ def test_processes_that_hang_are_left(tmp_path):
     with Process(settings, {}, package=tmp_path) as process:
         with pytest.raises(VariantFailed, match="no answer to 'time' within 1 seconds"):
             process.ask("time", seconds=1.0)
-        process._process.kill()  # close() would wait for it
+        with pytest.raises(VariantFailed, match="ended with -9"):  # and not a late answer
+            process.ask("time")
+        assert process.ended()
+
+
+def test_the_current_folder_lends_no_package(tmp_path, monkeypatch):
+    (tmp_path / "memnet_fast").mkdir()
+    (tmp_path / "memnet_fast" / "__init__.py").write_text("raise ImportError('this is another package')\n")
+    monkeypatch.chdir(tmp_path)
+    settings = {"folder": str(tmp_path), "shape": [1, 4, 4], "device": "cpu", "threads": 1, "own": ["torch", "fp32", "auto"]}
+    with Process(settings, {}) as process, pytest.raises(VariantFailed, match="weights.safetensors"):
+        process.ask("time")
 
 
 # What is kept --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from support import networks
 
+import memnet_fast
 from benchmarks import compare, pipeline, repeatability, report, run, scaling
 from benchmarks.networks import network
+from memnet_fast.backends import cpu
 from memnet_fast.bench import facts, measure, peers
 from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import InputError
@@ -133,6 +136,34 @@ def test_networks_without_weights_are_of_a_sane_size():
         assert 1e-2 < float((net(x) - x).std()) < 1e2
     with pytest.raises(InputError):
         network("no-such")
+
+
+def test_cpus_are_those_that_the_control_group_grants(monkeypatch):
+    monkeypatch.setattr(cpu, "_cgroup_cpus", lambda: 1)
+    assert facts.cpu()["cpus"] == 1
+
+
+def test_the_commit_is_not_that_of_a_repository_around_an_installed_package(tmp_path, monkeypatch):
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    monkeypatch.delenv("MEMNET_COMMIT", raising=False)
+    package = tmp_path / "venv" / "memnet_fast"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+
+    def git(*words):
+        author = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", str(tmp_path), *author, *words], check=True, capture_output=True)
+
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "-m", "theirs")
+    monkeypatch.setattr(memnet_fast, "__file__", str(package / "__init__.py"))
+    about = facts.about()
+    assert about["commit"] is None and about["changed"] is None
+    git("add", "venv")
+    git("commit", "--quiet", "-m", "a checkout")
+    about = facts.about()
+    assert len(about["commit"]) == 40 and about["changed"] == 0
 
 
 def test_facts_name_the_flags_of_every_instruction_set():

@@ -92,7 +92,12 @@ def num_threads() -> int:
     """Threads for one call: torch.get_num_threads(), but no more than this process may use; 1 in a forked child."""
     if _forked:
         return 1
-    return max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)), _cgroup_cpus()))
+    return max(1, min(torch.get_num_threads(), usable_cpus()))
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use, by its affinity and its control group."""
+    return min(len(os.sched_getaffinity(0)), _cgroup_cpus())
 
 
 def _cgroup_cpus() -> int:

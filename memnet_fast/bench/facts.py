@@ -7,12 +7,12 @@ import importlib.metadata
 import os
 import platform
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from memnet_fast import __version__
+from memnet_fast.backends.cpu import usable_cpus
 from memnet_fast.health import cpu_model
 
 _QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,power.draw,temperature.gpu,memory.total"
@@ -37,7 +37,8 @@ def version(package: str) -> str | None:
 
 def about() -> dict[str, Any]:
     """Plain values. The commit comes from git, or from MEMNET_COMMIT where the sources are a copy without history; it is None
-    where there is no checkout. changed: files of the checkout that differ from it.
+    where the package is no part of a checkout (it may be installed inside a stranger's). changed: files of the checkout that
+    differ from it.
     """
     import torch
 
@@ -45,10 +46,11 @@ def about() -> dict[str, Any]:
     from memnet_fast import native, native_cuda
 
     folder = str(Path(memnet_fast.__file__).parent)
-    status = _output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no", "--", ":/")
+    tracked = _output("git", "-C", folder, "ls-files", "--error-unmatch", "__init__.py") is not None
+    status = _output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no", "--", ":/") if tracked else None
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": os.environ.get("MEMNET_COMMIT") or _output("git", "-C", folder, "rev-parse", "HEAD"),
+        "commit": os.environ.get("MEMNET_COMMIT") or (_output("git", "-C", folder, "rev-parse", "HEAD") if tracked else None),
         "changed": None if status is None else len(status.splitlines()),
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -85,7 +87,7 @@ def about() -> dict[str, Any]:
 
 
 def cpu() -> dict[str, Any]:
-    """clocks: MHz of each CPU in use and the governor, or the reason why they are not known."""
+    """cpus: how many this process may use. clocks: MHz of each in its affinity and the governor, or why they are not known."""
     used = sorted(os.sched_getaffinity(0))
     try:
         mhz = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
@@ -98,7 +100,7 @@ def cpu() -> dict[str, Any]:
         clocks["reason"] = "the system does not tell them"
     elif clocks["governor"] is None:
         clocks["reason"] = "no governor is visible (a virtual machine?): the clock may change unseen"
-    return {"model": cpu_model(), "cpus": len(used), "clocks": clocks}
+    return {"model": cpu_model(), "cpus": usable_cpus(), "clocks": clocks}
 
 
 def flags() -> str | None:
@@ -108,12 +110,6 @@ def flags() -> str | None:
         return None
     says = re.compile(r"CMAKE_CXX_FLAGS_RELEASE|target_compile_options\(memnet_|memnet_add_isa\(|_flags -m")
     return "; ".join(line.strip() for line in lists.read_text().splitlines() if says.search(line))
-
-
-def compiler() -> str | None:
-    """The C++ compiler of this machine, which torch.compile uses."""
-    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    return (_output(found, "--version") or "").splitlines()[0] if found else None
 
 
 def folder_name(device: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -113,7 +114,9 @@ class Case:
             errors = self.check(process, variant, seconds)
         except VariantFailed as failure:
             return {"status": "failed", "reason": str(failure)}
-        row: dict[str, Any] = {"errors": errors, "start_s": round(time.monotonic() - start, 3)}
+        # None where there is no number: JSON knows no NaN.
+        known = {key: value if math.isfinite(value) else None for key, value in errors.items()}
+        row: dict[str, Any] = {"errors": known, "start_s": round(time.monotonic() - start, 3)}
         wrong = truth.verdict(errors, truth.limits(variant.precision))
         return {**row, "status": "refused", "reason": wrong} if wrong else {**row, "status": "ok"}
 
@@ -174,7 +177,8 @@ def forward(
                         row |= _timed(first, second, seconds / possible, goal)
                         row |= {"subject": subject.name, **second.ask("memory")}
                     except VariantFailed as failure:
-                        row = {"status": "failed", "reason": str(failure)}
+                        whose = f"{subject.name}: " if first.ended() else ""
+                        row = {"status": "failed", "reason": f"{whose}{failure}"}
             add(variant, row)
     return rows
 

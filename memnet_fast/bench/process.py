@@ -33,11 +33,11 @@ class Process:
 
     def __init__(self, settings: Mapping[str, Any], environment: Mapping[str, str], package: Path | None = None) -> None:
         env = {**os.environ, **environment, "OMP_NUM_THREADS": str(settings["threads"])}
-        command = [sys.executable, "-m", "memnet_fast.bench.worker"]
-        if package is not None:
-            # The folder of the script must not become part of the path: its neighbours are not top-level modules.
-            command = [sys.executable, "-P", worker.__file__]
-            env["PYTHONPATH"] = str(package)
+        # It finds what this process finds, in the same order, and nothing else: another package in the current folder would be
+        # timed in the place of this one.
+        env["PYTHONPATH"] = os.pathsep.join(part or os.getcwd() for part in sys.path) if package is None else str(package)
+        # The folder of the script must not become part of the path: its neighbours are not top-level modules.
+        command = [sys.executable, "-P", worker.__file__]
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  closed by close()
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
@@ -51,6 +51,7 @@ class Process:
             self._process.stdin.write(json.dumps({"do": do, **more}) + "\n")
             self._process.stdin.flush()
         if not select.select([self._process.stdout], [], [], max(0.0, seconds))[0]:
+            self._process.kill()  # what it says later must not be taken for the answer to another request
             raise VariantFailed(f"no answer to '{do}' within {seconds:.0f} seconds")
         line = self._process.stdout.readline()
         if not line:
@@ -79,6 +80,9 @@ class Process:
             share = (after - before - answer["cpu_s"]) / (passed * len(os.sched_getaffinity(0)))
             answer["others"] = min(1.0, max(0.0, share))
         return answer
+
+    def ended(self) -> bool:
+        return self._process.poll() is not None
 
     def close(self) -> None:
         """Ends the process, by force where it does not listen."""

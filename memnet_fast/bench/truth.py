@@ -84,7 +84,7 @@ def few_windows(n: int, h: int, w: int, halo: int) -> list[Window]:
 class NetworkCase:
     """A network, an image [N, C, H, W] in one place of memory, and the truth about two contents of that place.
 
-    thrifty: for a CPU, where float64 costs seconds: fewer windows of the first content, and of the second only one.
+    thrifty: for a CPU, where float64 costs seconds: fewer windows of the first content, and of the second only a corner.
     cache: a folder that keeps the truth from run to run.
     """
 
@@ -104,8 +104,9 @@ class NetworkCase:
         self.contents = [noisy(n, h, w, generator, channels).to(device) for _ in range(2)]
         self.image = self.contents[0].clone()
         if thrifty:
-            few = few_windows(n, h, w, net.config.receptive_radius)
-            self._windows = [few, few[-1:]]
+            side_h, side_w = min(h, _FEW_SIDE), min(w, _FEW_SIDE)
+            corner = Window(n - 1, h - side_h, w - side_w, side_h, side_w)
+            self._windows = [few_windows(n, h, w, net.config.receptive_radius), [corner]]
         else:
             self._windows = [windows(n, h, w)] * 2
         double = copy.deepcopy(self.net).double()

@@ -57,7 +57,7 @@ def bench(ctx: click.Context, json_file: str | None, quiet: bool, verbose: bool,
     sizes = parse_sizes(options["sizes"] or ("256" if device == "cpu" else "256,1080p"))
     net = _network(options["model"])
     variants = _chosen(net, device, options["backends"], options["peers"], options["precision"])
-    threads = options["threads"] or facts.cpu()["cpus"]
+    threads = _threads(options["threads"], facts.cpu()["cpus"])
     about = {**facts.about(), "model": options["model"], "threads": threads, "device": device}
 
     def tell(text: str) -> None:
@@ -71,7 +71,7 @@ def bench(ctx: click.Context, json_file: str | None, quiet: bool, verbose: bool,
             # What is left, shared by what is left; starting and checking takes about half of it.
             seconds = (options["seconds"] - (time.monotonic() - start)) / (len(sizes) - i) / 2
             rows += measure.forward(session, size, shape, max(0.0, seconds))
-    text = json.dumps({"about": about, "rows": rows}, indent=1) + "\n"
+    text = json.dumps({"about": about, "rows": rows}, indent=1, allow_nan=False) + "\n"
     if json_file == "-":
         click.echo(text, nl=False)
     else:
@@ -82,6 +82,15 @@ def bench(ctx: click.Context, json_file: str | None, quiet: bool, verbose: bool,
             write_whole(Path(json_file), text.encode())
             say(f"wrote {shown(json_file)}")
     return _SOME_FAILED if any(row["status"] in ("refused", "failed") for row in rows) else _DONE
+
+
+def _threads(asked: int | None, cpus: int) -> int:
+    """Raises InputError for more threads than CPUs: this package would use fewer than the others."""
+    from memnet_fast.errors import InputError
+
+    if asked is not None and asked > cpus:
+        raise InputError(f"--threads {asked}: this process may use {cpus} CPUs")
+    return asked or cpus
 
 
 def _require_folder(path: Path) -> None:
@@ -188,7 +197,8 @@ def _show(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    errors = f"{row['errors']['nsr']:.1e}" if "errors" in row else "-"
+    nsr = row["errors"]["nsr"] if "errors" in row else None
+    errors = "-" if nsr is None else f"{nsr:.1e}"
     if "ms" not in row:
         return row["status"], "-", "-", "-", "-", errors
     interval = row["ratio_interval"]
