@@ -262,7 +262,8 @@ def test_a_write_that_fails_in_its_middle_costs_one_file():
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
     code = limited + "from memnet_fast.cli import main; main()"
     flags = ["denoise", "-i", "in", "-o", "out", "-n", "net", "--existing", "overwrite"]
-    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, timeout=120)
+    # -B: Python would leave the bytecode of its modules cut off, too, and every later import of them would fail.
+    done = subprocess.run([sys.executable, "-B", "-c", code, *flags], capture_output=True, text=True, timeout=120)
     errors = [line for line in done.stderr.splitlines() if "error" in line]
     assert done.returncode == 3 and len(errors) == 1 and "b.tiff" in errors[0], done.stderr
     assert Path("out/b.tiff").read_bytes() == b"old"
