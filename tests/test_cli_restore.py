@@ -95,6 +95,10 @@ def test_sr_shows_both_sizes_in_one_strip(run):
         ("denoise", ["-f", "gif"], "'gif' is not one of"),
         ("denoise", ["-g", "x"], "expected -1 for the CPU"),
         ("denoise", ["-g", "0,0"], "different numbers"),
+        ("denoise", ["-g", "0,00"], "different numbers"),
+        ("denoise", ["-g", "9" * 5000], "different numbers"),
+        ("denoise", ["-t", "9" * 5000], "expected auto or a whole number"),
+        ("denoise", ["-j", f"{'9' * 5000}:1:1"], "expected load:proc:save"),
         ("denoise", ["-g", "-1", "--device", "cpu"], "give one"),
         ("denoise", ["--workers", "2"], "--workers is for --engine ray"),
         ("denoise", ["--address", "x"], "--address is for --engine ray"),
@@ -182,6 +186,7 @@ def test_options_from_a_file(run):
         ("quality = 'best'", "'best' is not a valid integer"),
         ("config = 'job.toml'", "no option is called config"),
         ("not toml", "is not TOML"),
+        (f"tile = {'9' * 5000}", "is not TOML"),
         ("tile = 1979-05-27", "tile must be one value"),
     ],
 )

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from memnet_fast.reference import MemNet
 
 
+# Of a test image. Far below this, the network's own memory ends.
+_MOST_PIXELS = 1 << 28
+
+
 class _Size(click.ParamType):
     """256 or 720x1280 -> (height, width)"""
 
@@ -32,7 +36,10 @@ class _Size(click.ParamType):
         found = re.fullmatch(r"([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", value)
         if found is None:
             self.fail(f"expected HEIGHTxWIDTH such as 720x1280, or one number for both, got {value!r}", param, ctx)
-        return int(found[1]), int(found[2] or found[1])
+        height, width = int(found[1]), int(found[2] or found[1])
+        if height * width > _MOST_PIXELS:
+            self.fail(f"{value} has more than {_MOST_PIXELS} pixels", param, ctx)
+        return height, width
 
 
 @click.command(short_help="Says where the time and the memory of the network go, operation by operation.")
