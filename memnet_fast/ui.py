@@ -7,9 +7,12 @@ the command line would write; the slider shows 8 bits of it.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import os
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -113,21 +116,37 @@ def serve(page: Any, port: int | None = None, *, wait: bool = True, browser: boo
     """
     gr = gradio()
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    _, address, _ = page.launch(
-        server_name="127.0.0.1",
-        server_port=port,
-        share=False,
-        inbrowser=browser,
-        quiet=True,
-        prevent_thread_lock=True,
-        ssr_mode=False,
-        theme=theme,
-        footer_links=[],
-        allowed_paths=[page.allowed_folder],
-    )
+    with _past_proxies():
+        _, address, _ = page.launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            share=False,
+            inbrowser=browser,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            theme=theme,
+            footer_links=[],
+            allowed_paths=[page.allowed_folder],
+        )
     if wait:
         page.block_thread()
     return address
+
+
+@contextlib.contextmanager
+def _past_proxies() -> Iterator[None]:
+    """While Gradio asks its own server whether it is there: a proxy would look for it on another machine."""
+    before = os.environ.get("no_proxy")
+    others = before or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = f"{others},127.0.0.1" if others else "127.0.0.1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["no_proxy"]
+        else:
+            os.environ["no_proxy"] = before
 
 
 def _shown(pixels: np.ndarray) -> np.ndarray:

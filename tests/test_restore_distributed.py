@@ -256,6 +256,13 @@ def test_plans_by_uri(here):
     Path("in/out/a.png").touch()
     planned = storage.plan_uris([f"{root}/in"], f"{root}/in/out", recursive=True, existing="skip")
     assert len(planned.items) == 3, "outputs of an earlier run are never inputs"
+    planned = storage.plan_uris([f"{root}/in/sub"], f"{root}/in")
+    assert [str(i.target.relative_to(here)) for i in planned.items] == ["in/c.jpg"], "an input may stand below the output"
+    assert len(storage.plan_uris([f"{root}/in/a.png"], f"{root}/in", existing="overwrite").items) == 1
+    Path("out/sub").mkdir(parents=True)
+    Path("out/sub/c.jpg").touch()
+    with pytest.raises(InputError, match="in/sub/c.jpg would replace another input, .*/out/sub/c.jpg"):
+        storage.plan_uris([f"{root}/in", f"{root}/out/sub/c.jpg"], f"{root}/out", recursive=True, existing="overwrite")
 
 
 @pytest.mark.parametrize(
@@ -265,6 +272,8 @@ def test_plans_by_uri(here):
         (["{}/none"], "{}/out", "error", "there is no file or folder"),
         (["{}/in/a.png", "{}/in/x/a.png"], "{}/out", "error", "would both be written"),
         (["{}/in"], "{}/in", "skip", "is an input"),
+        (["{}/in/a.png"], "{}/in", "error", "is an input"),
+        (["{}/full/a.png", "{}/in/b.png"], "{}/in", "error", "in/b.png is an input"),
         (["{}/in"], "{}/full", "error", "full/a.png exists already"),
         (["bogus://x/in"], "{}/out", "error", "cannot open bogus"),
         (["hdfs://localhost:1/in"], "{}/out", "error", "cannot open hdfs|would not appear whole"),

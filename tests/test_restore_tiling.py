@@ -140,6 +140,13 @@ def test_an_overlap_of_16_cuts_as_the_official_scripts_do(shape, task, threshold
     assert torch.equal(Restorer(task, model=net, overlap=16, tile=0)(image), net(image[None, None])[0, 0])
 
 
+@pytest.mark.parametrize("tile", [1, 8, 15, 16])
+def test_small_official_tiles_have_no_border_before_the_second_block(tile):
+    image = torch.rand(tile + 17, 2 * tile + 35)  # two blocks, the second one at or below row 17
+    net = _SeesItsWindow(small_net())
+    assert torch.equal(Restorer(model=net, overlap=16, tile=tile)(image), _as_the_official_scripts(image, net, tile))
+
+
 def test_super_resolution_is_cut_as_officially_after_the_enlargement():
     net, image = _SeesItsWindow(small_net()), torch.rand(61, 47)
     restored = Restorer("sr", scale=4, model=net, overlap=16)(image)

@@ -6,6 +6,7 @@ import atexit
 import base64
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -32,7 +33,9 @@ BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome
 @pytest.fixture(scope="module")
 def address():
     page = ui.build(model=small_net(), algorithm="direct")
-    yield ui.serve(page, wait=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("no_proxy", "127.0.0.1")  # the visitors of these tests obey it, too
+        yield ui.serve(page, wait=False)
     page.close()
 
 
@@ -106,6 +109,21 @@ def test_the_page_is_for_this_machine_only(address):
     assert "fonts.googleapis.com" not in page
 
 
+def test_a_proxy_is_not_asked_for_this_machine(monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # nobody is there
+    before = dict(os.environ)
+    page = ui.build()
+    try:
+        address = ui.serve(page, wait=False)
+        assert dict(os.environ) == before
+        directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        assert directly.open(address).status == 200
+    finally:
+        page.close()
+
+
 def test_16_bits_and_floats_are_shown():
     deep = (np.arange(6, dtype=np.uint16) * 257).reshape(1, 3, 2)
     assert np.array_equal(ui._shown(deep), np.array([[[0] * 3, [2] * 3, [4] * 3]], np.uint8))
@@ -128,14 +146,26 @@ class _Browser:
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0"]
         flags += [f"--user-data-dir={folder}", "--no-first-run", "--window-size=1200,900", "about:blank"]
         self._process = subprocess.Popen([BROWSER, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        port_file = folder / "DevToolsActivePort"
-        self.until(lambda: port_file.exists() and port_file.read_text().count("\n") >= 1)
-        port = port_file.read_text().split()[0]
-        targets = json.loads(urllib.request.urlopen(f"http://127.0.0.1:{port}/json").read())
-        url = next(t["webSocketDebuggerUrl"] for t in targets if t["type"] == "page")
         self._open = contextlib.ExitStack()
-        self._socket = self._open.enter_context(connect(url, max_size=None))
+        self._open.callback(self._end)
         self._number = 0
+        try:
+            port = self._port(folder / "DevToolsActivePort")
+            pages = f"http://127.0.0.1:{port}/json"
+            url = self.until(lambda: [t for t in json.loads(urllib.request.urlopen(pages).read()) if t["type"] == "page"])[0]
+            self._socket = self._open.enter_context(connect(url["webSocketDebuggerUrl"], max_size=None))
+        except BaseException:
+            self.close()
+            raise
+
+    def _port(self, file: Path, seconds: float = 60) -> str:
+        """Skips the test where the browser is a name only (a package that wants to be installed first), or shut in."""
+        end = time.monotonic() + seconds
+        while self._process.poll() is None and time.monotonic() < end:
+            if file.exists() and file.read_text().count("\n") >= 1:
+                return file.read_text().split()[0]
+            time.sleep(0.2)
+        pytest.skip(f"{BROWSER} does not start here (exit code {self._process.poll()})")
 
     def ask(self, method: str, **values):
         self._number += 1
@@ -158,8 +188,14 @@ class _Browser:
 
     def close(self) -> None:
         self._open.close()
+
+    def _end(self) -> None:
         self._process.terminate()
-        self._process.wait(20)
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
@@ -174,7 +210,7 @@ def test_a_visit_in_a_browser(address, photo, tmp_path):
         root = browser.ask("DOM.getDocument")["root"]["nodeId"]
         node = browser.ask("DOM.querySelector", nodeId=root, selector="#upload input[type=file]")["nodeId"]
         browser.ask("DOM.setFileInputFiles", nodeId=node, files=[str(photo)])
-        browser.until(lambda: "photo" in browser.value("document.querySelector('#upload').innerText"))
+        browser.until(lambda: "photo" in (browser.value("document.querySelector('#upload')?.innerText") or ""))
         browser.value("[...document.querySelectorAll('#task input')].find(i => i.value === 'Enlarge').click()")
         browser.until(lambda: browser.value("!!document.querySelector('#scale input')"))
         browser.value("document.querySelector('#start').click()")

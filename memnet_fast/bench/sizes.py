@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from memnet_fast.errors import InputError
@@ -22,7 +23,7 @@ def parse_sizes(text: str | Iterable[str]) -> dict[str, tuple[int, int, int]]:
         shape = NAMED.get(part)
         if shape is None:
             numbers = part.split("x")
-            if not 1 <= len(numbers) <= 3 or not all(n.isdecimal() and n.isascii() and 0 < int(n) < 1 << 20 for n in numbers):
+            if not 1 <= len(numbers) <= 3 or not all(re.fullmatch("0*[1-9][0-9]{0,5}", n) for n in numbers):
                 raise InputError(f"unknown size '{part}'; give 256, 480x640, 16x64x64, {' or '.join(NAMED)}")
             values = [int(n) for n in numbers]
             values = values * 2 if len(values) == 1 else values

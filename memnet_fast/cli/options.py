@@ -38,6 +38,11 @@ def spread_inputs(args: list[str]) -> list[str]:
     return result
 
 
+def _is_number(text: str) -> bool:
+    """Python converts no more than some thousand digits."""
+    return text.isdecimal() and len(text) < 20
+
+
 class _WordOrNumber(click.ParamType):
     """A whole number of at least `least`, or the word."""
 
@@ -51,7 +56,7 @@ class _WordOrNumber(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         if value == self.word:
             return self.word
-        if not isinstance(value, bool) and str(value).isdecimal() and int(value) >= self.least:
+        if not isinstance(value, bool) and _is_number(str(value)) and int(value) >= self.least:
             return int(value)
         self.fail(f"expected {self.word} or a whole number of at least {self.least}, got {value!r}", param, ctx)
 
@@ -79,9 +84,10 @@ class _Gpus(click.ParamType):
         parts = str(value).split(",")
         if parts == ["-1"]:
             return ("cpu",)
-        if isinstance(value, bool) or not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        names = tuple(f"cuda:{int(part)}" for part in parts if _is_number(part))
+        if isinstance(value, bool) or len(set(names)) < len(parts):
             self.fail(f"expected -1 for the CPU, or different numbers of GPUs such as 0 or 0,1, got {value!r}", param, ctx)
-        return tuple(f"cuda:{int(part)}" for part in parts)
+        return names
 
 
 def _read_file(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
@@ -95,7 +101,7 @@ def _read_file(ctx: click.Context, param: click.Parameter, value: str | None) ->
             given = tomllib.load(file)
     except OSError as error:
         raise click.BadParameter(f"cannot read {value}: {error.strerror}", ctx, param) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also bytes that are no text, and numbers of thousands of digits
         raise click.BadParameter(f"{value} is not TOML: {error}", ctx, param) from error
     known = {other.name for other in ctx.command.params if other.name not in _NOT_IN_FILES}
     unknown = sorted(given.keys() - known)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from memnet_fast.reference import MemNet
 
 
+# Of a test image. Far below this, the network's own memory ends.
 _MOST_PIXELS = 1 << 28
 
 

@@ -36,7 +36,7 @@ class Threads:
         """From "load:proc:save", where proc may be one number for each device: "1:2,2:2". Raises InputError."""
         parts = text.split(":")
         procs = parts[1].split(",") if len(parts) == 3 else []
-        if len(parts) != 3 or not all(part.isdecimal() for part in (parts[0], *procs, parts[2])):
+        if len(parts) != 3 or not all(part.isdecimal() and len(part) < 20 for part in (parts[0], *procs, parts[2])):
             raise InputError(f"expected load:proc:save, three whole numbers such as 1:2:2, got {text!r}")
         proc = tuple(map(int, procs))
         return cls(int(parts[0]), proc if len(proc) > 1 else proc[0], int(parts[2]))

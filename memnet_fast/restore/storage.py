@@ -155,7 +155,8 @@ def plan_uris(
             outputs = set() if info.is_file else _recorded(storage, found, path)
         if info.type.name == "NotFound":
             raise InputError(f"there is no file or folder {text}")
-        inside = f"{folder}/" if storage.filesystem.equals(target.filesystem) and folder != path else None
+        same = storage.filesystem.equals(target.filesystem)
+        inside = f"{folder}/" if same and folder.startswith(f"{path}/") else None
         for file in found:
             name = posixpath.basename(file) if info.is_file else posixpath.relpath(file, path)
             if inside is not None and file.startswith(inside):
@@ -189,9 +190,12 @@ def _check(items: Sequence[Item], source: Storage | None, target: Storage, folde
         if item.target in seen:
             raise InputError(f"{seen[item.target].source} and {item.source} would both be written to {item.target}")
         seen[item.target] = item
-    if source is not None and source.filesystem.equals(target.filesystem) and existing != "overwrite":
+    if source is not None and source.filesystem.equals(target.filesystem):
         for item in items:
-            if item.source in seen:
+            writer = seen.get(item.source, item)
+            if writer is not item:
+                raise InputError(f"the output of {writer.source} would replace another input, {item.source}")
+            if item.source in seen and existing != "overwrite":
                 raise InputError(f"the output {item.source} is an input; --existing overwrite replaces it")
     if existing == "error":
         there = [path for path in map(Path, target.find(folder, recursive=True)) if path in seen]

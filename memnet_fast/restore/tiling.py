@@ -105,11 +105,12 @@ def windows(h: int, w: int, size: tuple[int, int], halo: int) -> list[Window]:
 
 
 def official_spans(length: int, size: int, halo: int) -> list[Span]:
-    """Even blocks of at most size + halo, each with up to halo pixels on either side that the image has."""
+    """Even blocks of at most size + halo, each with up to halo pixels on either side that the image has. One that starts within
+    the first halo pixels (of tiles below 16) has none before it, as there."""
     count = -(-length // (size + halo))
     step = -(-length // count)
     cores = [(start, min(start + step, length)) for start in range(0, length, step)]
-    return [Span(max(0, start - halo), min(stop + halo, length), start, stop) for start, stop in cores]
+    return [Span(start - halo if start > halo else start, min(stop + halo, length), start, stop) for start, stop in cores]
 
 
 def official_windows(h: int, w: int, size: tuple[int, int]) -> list[Window]:
