@@ -89,7 +89,7 @@ def forward_tables(results: Results) -> str:
         ]
         for r in sorted(group, key=lambda r: (r["precision"] != "fp32", r["status"] != "ok")):
             peak = memory.get((r["model"], r["isa"], r["size"], r["variant"]), {})
-            lines.append(_forward_row(r, peak.get("peak_mib", r.get("device_peak_mib", r.get("peak_mib"))), results.source(r)))
+            lines.append(_forward_row(r, peak.get("peak_mib", r.get("device_peak_mib")), results.source(r)))
             shown += [r, peak] if peak else [r]
         lines.append("")
     for r in results.rows("threads"):

@@ -171,7 +171,7 @@ def _show(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     for size in dict.fromkeys(row["size"] for row in rows):
         own = [row for row in rows if row["size"] == size]
         title = f"{size} on {name}, {about['threads']} threads"
-        table = Table("", "ms", "ratio", "within", "rounds", "memory, MiB", "error / residual", title=shown(title))
+        table = Table("", "ms", "ratio", "within", "rounds", "memory timed, MiB", "error / residual", title=shown(title))
         for column in table.columns[1:]:
             column.justify = "right"
         for row in own:
@@ -180,7 +180,8 @@ def _show(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     timed = [row for row in rows if "ms" in row]
     if timed:
         console.print(
-            f"ratio: time in comparison with {timed[0]['subject']}, more is slower; within: where its median lies (95 %)."
+            f"ratio: time in comparison with {timed[0]['subject']}, more is slower; within: its median (about 95 %); "
+            "memory timed: of the process, in which engines of others keep freed pages because that makes them faster."
         )
     if short := sum(not row["enough"] for row in timed):
         console.print(
