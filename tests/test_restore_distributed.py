@@ -140,7 +140,7 @@ def test_a_result_that_is_not_finite_fails_alone_and_an_option_that_fits_nothing
     monkeypatch.setattr(worker._restorer, "restore", failing)
     results = work(orders(here), worker=worker)
     assert {name: r.status for name, r in results.items()} == {"a.png": "restored", "b.png": "failed", "c.jpg": "restored"}
-    for options, error in (({"tile": 8}, InputError), ({"backend": "cpu", "precision": "bf16"}, BackendUnavailable)):
+    for options, error in (({"tile": 8}, InputError), ({"backend": "cpu", "precision": "fp16"}, BackendUnavailable)):
         results = work(replace(orders(here, "overwrite"), restorer={**OPTIONS, **options}))
         job = plan_job(["in"], "out", recursive=True, existing="overwrite")
         with pytest.raises(error):

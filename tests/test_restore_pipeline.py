@@ -317,8 +317,12 @@ def test_a_second_signal_waits_for_the_threads_that_write(here, restorer, monkey
         return original(*args)
 
     monkeypatch.setattr(images, "encode", slow)
-    with pytest.raises(KeyboardInterrupt):
-        run(restorer, ["in"], "out")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(restorer, ["in"], "out")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert images_in("out") == ["a.png"]
     monkeypatch.undo()
     monkeypatch.chdir(here)

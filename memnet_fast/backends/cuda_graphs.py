@@ -87,7 +87,7 @@ class Replays:
             self._entries[key] = entry
             self._shrink(self._entries, CAPACITY)
         self._entries.move_to_end(key)
-        entry.image.copy_(x)
+        entry.image.copy_(x.resolve_neg())  # copy_ to another dtype forgets the negative bit
         entry.graph.launch(stream)
         self.replays += 1
         return entry.out.to(x.dtype, copy=True)
