@@ -225,8 +225,8 @@ def test_the_newest_row_counts_and_names_its_file(results):
     store("b", "2026-11-22T10:00:00+00:00", [row("ours", 600.0, 1.0), row("peer", 1900.0, 3.17), row("other", 5.0, 0.5)])
     store("a", "2026-11-22T11:00:00+00:00", [row("ours", 500.0, 1.0), row("peer", 1800.0, 3.6)])
     text = report.forward_tables(load())
-    assert "| peer | 1800 | 3.60 (3.59 to 3.61) | 640 | 1.6e-06 | [1](a-cpu/a.json) |" in text
-    assert "| other | 5 | 0.50 (0.49 to 0.51) | 640 | 1.6e-06 | [2](a-cpu/b.json) |" in text
+    assert "| peer | 1800 | 3.60 (3.59 to 3.61) |  | 1.6e-06 | [1](a-cpu/a.json) |" in text
+    assert "| other | 5 | 0.50 (0.49 to 0.51) |  | 1.6e-06 | [2](a-cpu/b.json) |" in text
     assert "1900" not in text and "again: `python -m benchmarks.run # 2026-11-22T11:00:00+00:00`" in text
     rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| |")]
     assert len(rows) == 3 and all(re.search(r"\[\d+\]\(a-cpu/[ab]\.json\) \|$", line) for line in rows)
