@@ -130,6 +130,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     sizes = parse_sizes(options.sizes or _SIZES[options.suite])
     command = shlex.join(["python", "-m", "benchmarks.run", *arguments])
     about = {**facts.about(), "command": command, "model": options.model, "threads": options.threads, "device": options.device}
+    del about["package"]  # results are kept; where the package lay says nothing to who reads them
     if options.suite == "ops":
         rows = _operations(sizes, options.threads)
     else:

@@ -12,7 +12,22 @@ import torch
 import torch.nn.functional as F
 from native_harness import Plan, single
 
-SIZES = [(1, 1), (1, 7), (7, 1), (2, 2), (3, 3), (4, 5), (15, 16), (16, 17), (17, 15), (33, 29), (63, 65), (127, 9), (8, 331)]
+SIZES = [
+    (1, 1),
+    (1, 7),
+    (7, 1),
+    (2, 2),
+    (3, 3),
+    (4, 5),
+    (5, 4),
+    (15, 16),
+    (16, 17),
+    (17, 15),
+    (33, 29),
+    (63, 65),
+    (127, 9),
+    (8, 331),
+]
 CHANNELS = [64, 16, 20, 5]
 ALGORITHMS = ["direct", "winograd"]
 
