@@ -37,13 +37,7 @@ void bf16_direct_conv(const Frame &frame, const float *src, float *dst, const fl
       for (i64 y = 0; y < block.rows; ++y) {
         dot_product<false>(patch + y * pitch, cp, taps, weight, cp, cp, sums, cp, block.cols);
         laps.end_of(kProduct, 18 * block.cols * cp * cp);
-        const i64 offset = ((block.image * shape.h + block.y + y) * shape.w + block.x) * cp;
-        for (i64 x = 0; x < block.cols; ++x)
-          for (i64 c = 0; c < cp; c += kLanes) {
-            const i64 at = x * cp + c;
-            const vec value = load(sums + at) + load(bias + c);
-            store(dst + offset + at, kStage == Stage::kFirst ? relu(value) : value + load(skip + offset + at));
-          }
+        store_row<kStage>(sums, shape, block, y, bias, skip, dst);
         laps.end_of(kOutput);
       }
     }

@@ -36,6 +36,19 @@ void fill_patch(const float *src, const Shape &shape, const Block &block, const 
     }
 }
 
+// sums [cols][Cp] of row y of the block go to dst, with what the stage adds.
+template <Stage kStage>
+MEMNET_INLINE void store_row(const float *sums, const Shape &shape, const Block &block, i64 y, const float *bias,
+                             const float *skip, float *dst) {
+  const i64 cp = shape.cp, offset = ((block.image * shape.h + block.y + y) * shape.w + block.x) * cp;
+  for (i64 x = 0; x < block.cols; ++x)
+    for (i64 c = 0; c < cp; c += kLanes) {
+      const i64 at = x * cp + c;
+      const vec value = load(sums + at) + load(bias + c);
+      store(dst + offset + at, kStage == Stage::kFirst ? relu(value) : value + load(skip + offset + at));
+    }
+}
+
 // src, dst, skip [N, H, W, Cp]; weight [9][Cp in][Cp out]; bias [Cp]; scale, shift [Cp] and skip as the stage needs.
 template <Stage kStage>
 void direct_conv(const Frame &frame, const float *src, float *dst, const float *skip, const float *scale,
@@ -60,13 +73,7 @@ void direct_conv(const Frame &frame, const float *src, float *dst, const float *
           matmul<true>(patch + (y + tap / 3) * pitch + tap % 3 * cp, cp, weight + tap * cp * cp, cp, cp, sums, cp,
                        block.cols);
         laps.end_of(kProduct, 18 * block.cols * cp * cp);
-        const i64 offset = ((block.image * shape.h + block.y + y) * shape.w + block.x) * cp;
-        for (i64 x = 0; x < block.cols; ++x)
-          for (i64 c = 0; c < cp; c += kLanes) {
-            const i64 at = x * cp + c;
-            const vec value = load(sums + at) + load(bias + c);
-            store(dst + offset + at, kStage == Stage::kFirst ? relu(value) : value + load(skip + offset + at));
-          }
+        store_row<kStage>(sums, shape, block, y, bias, skip, dst);
         laps.end_of(kOutput);
       }
     }
