@@ -39,7 +39,7 @@ def model(tmp_path):
 
 def test_a_real_run(run, model, tmp_path):
     out = tmp_path / "r.json"
-    words = "--sizes 9x11 --backends torch --peers none --threads 1 --seconds 1".split()
+    words = ["--sizes", "9x11", "--backends", "torch", "--peers", "none", "--threads", "1", "--seconds", "1"]
     code, table, said = run("-n", model, *words, "--json", str(out))
     assert code == 0, said
     assert "memnet_fast torch" in table and "9x11" in table and "ratio: time in comparison with memnet_fast torch" in table

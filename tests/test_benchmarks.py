@@ -41,7 +41,7 @@ def stored(folder: Path) -> dict:
 
 
 def test_a_suite_stores_rows_and_the_command_that_makes_them(tiny, tmp_path, capsys):
-    words = "--sizes 7x9 --backends torch --peers none --threads 1 --seconds 0.1".split()
+    words = ["--sizes", "7x9", "--backends", "torch", "--peers", "none", "--threads", "1", "--seconds", "0.1"]
     arguments = [*words, "--out", str(tmp_path)]
     assert run.main(arguments) == 0
     data = stored(tmp_path)
