@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import commandline
 from benchmarks.networks import network
 from memnet_fast.bench import facts, measure, pairs
 from memnet_fast.bench.clocks import quantiles
@@ -27,7 +28,7 @@ from memnet_fast.bench.peers import Variant
 from memnet_fast.bench.process import Process, VariantFailed
 from memnet_fast.bench.sizes import parse_sizes
 from memnet_fast.errors import InputError, MemNetError
-from memnet_fast.files import write_whole
+from memnet_fast.files import require_writable, write_whole
 
 _ROOT = Path(__file__).parents[1]
 
@@ -58,7 +59,8 @@ def built(name: str, native: bool = True) -> Iterator[Path]:
             env = {**os.environ, "MEMNET_NO_CUDA": "1"} | ({} if native else {"MEMNET_NO_NATIVE": "1"})
             env.pop("PYTHONPATH", None)
             command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(Path(folder) / "build")]
-            done = subprocess.run([*command, "--build-lib", str(library)], cwd=tree, env=env, capture_output=True, text=True)
+            pipe = subprocess.PIPE
+            done = commandline.complete([*command, "--build-lib", str(library)], tree, env, stdout=pipe, stderr=pipe)
             if done.returncode:
                 raise MemNetError(f"{name[:10]} cannot be built: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
             # Without this check an editable install of the environment would lend its own module.
@@ -76,8 +78,11 @@ def compare(
     sizes: dict[str, tuple[int, int, int]],
     seconds: float,
     own: tuple[str, str, str] = ("auto", "fp32", "auto"),
+    keep: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
-    """A row for each size. packages: commit and folder of the first and of the second; ratio: second / first."""
+    """A row for each size, which `keep` gets when it is done. packages: commit and folder of the first and of the second;
+    ratio: second / first.
+    """
     rows = []
     for size, shape in sizes.items():
         n, h, w = shape
@@ -107,6 +112,7 @@ def compare(
                 except VariantFailed as failure:
                     row |= {"status": "failed", "reason": str(failure)}
         rows.append(row)
+        keep(row)
     return rows
 
 
@@ -117,7 +123,7 @@ def _timed(first: Process, second: Process, seconds: float) -> dict[str, Any]:
 
 
 def _show(names: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    table = Table("size", f"{names[0]}, ms", f"{names[1]}, ms", "ratio", "within (95 %)", "20 % to 80 %", "rounds", "MiB")
+    table = Table("size", f"{names[0]}, ms", f"{names[1]}, ms", "ratio", "within (99 %)", "20 % to 80 %", "rounds", "MiB")
     for r in rows:
         if r["status"] != "ok":
             table.add_row(r["size"], f"{r['status']}: {r['reason']}")
@@ -131,49 +137,51 @@ def _show(names: Sequence[str], rows: list[dict[str, Any]]) -> None:
     console.print(table)
     console.print(f"ratio: time of {names[1]} / time of {names[0]}, below 1: {names[1]} is faster.")
     if any(r["status"] == "ok" and not r["enough"] for r in rows):
-        console.print("*: the time was spent before the ratio was known within 2 %.")
+        console.print("*: the time was spent before the ratio was known within 2.5 %.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commandline.parser("benchmarks.compare", __doc__)
     parser.add_argument("revision", metavar="REV")
     parser.add_argument("second", metavar="REV2", nargs="?", default="HEAD")
     parser.add_argument("--sizes", default="256")
     parser.add_argument("--model", default="memnet_m6r6.denoise", help="a bundled model, or a preset such as memnet_m10r10")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--backend", default="cpu")
-    parser.add_argument("--threads", type=int, default=facts.cpu()["cpus"])
+    parser.add_argument("--threads", type=int, help="default: the CPUs of this process")
     parser.add_argument("--seconds", type=float, default=60.0, help="for the rounds of all sizes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
     parser.add_argument("--no-native", action="store_true", help="build without the native module (with --backend torch)")
     options = parser.parse_args(arguments)
-    try:
-        return _run(options)
-    except MemNetError as error:
-        print(f"benchmarks.compare: {error}", file=sys.stderr)
-        return error.exit_code
+    return commandline.run("benchmarks.compare", lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> int:
     names = [options.revision, options.second]
-    commits, sizes = [commit(name) for name in names], parse_sizes(options.sizes)
+    commits, sizes, threads = [commit(name) for name in names], parse_sizes(options.sizes), facts.threads(options.threads)
+    if options.json:
+        require_writable(options.json)
     net = network(options.model)
+    about = {**facts.about("cpu"), "model": options.model, "threads": threads, "revisions": commits}
+    rows: list[dict[str, Any]] = []
 
     def tell(text: str) -> None:
         print(f"... {text}", file=sys.stderr, flush=True)
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if options.json:  # whoever ends this later keeps the sizes that are done
+            write_whole(options.json, (json.dumps({"about": about, "rows": rows}, indent=1) + "\n").encode())
 
     with ExitStack() as stack:
         packages = []
         for name in commits:
             tell(f"building {name[:10]}")
             packages.append((name, stack.enter_context(built(name, not options.no_native))))
-        session = stack.enter_context(measure.session(net, [], threads=options.threads, tell=tell))
+        session = stack.enter_context(measure.session(net, [], threads=threads, tell=tell))
         own = (options.backend, options.precision, "auto")
-        rows = compare(session, packages, sizes, options.seconds, own)
+        compare(session, packages, sizes, options.seconds, own, keep)
     _show(names, rows)
-    if options.json:
-        about = {**facts.about(), "model": options.model, "threads": options.threads, "revisions": commits}
-        write_whole(options.json, (json.dumps({"about": about, "rows": rows}, indent=1) + "\n").encode())
     return 0 if all(r["status"] == "ok" for r in rows) else 3
 
 

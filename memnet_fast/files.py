@@ -43,6 +43,18 @@ def write_whole(path: Path, data: bytes | bytearray | memoryview) -> None:
                 os.unlink(temporary)
 
 
+def require_writable(path: Path) -> None:
+    """Before long work, not after it: raises OutputError where no file can appear under this name."""
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"cannot write {path}: it is no regular file")
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {path}: the folder {path.parent} is not writable")
+
+
 def make_folder(folder: Path) -> None:
     """The folder and its parents. Raises OutputError."""
     try:

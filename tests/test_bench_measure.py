@@ -10,7 +10,7 @@ import torch
 from support import faults, networks
 
 from memnet_fast.bench import kept as kept_module
-from memnet_fast.bench import measure, peers, truth
+from memnet_fast.bench import measure, peers, prepare, truth
 from memnet_fast.bench.peers import Variant
 from memnet_fast.bench.process import Process, VariantFailed
 from memnet_fast.bench.worker import TorchRunner
@@ -117,23 +117,87 @@ def test_a_variant_that_raises_costs_only_itself(staged, net):
     shown = []
     session, _ = staged({"subject": net, "broken": broken, "peer": net})
     rows = measure.forward(session, "2x21x26", SHAPE, 0.0, show=shown.append)
-    assert [r["status"] for r in rows] == ["ok", "failed", "ok"] and shown == rows
+    assert [r["status"] for r in rows] == ["ok", "failed", "ok"]
+    assert [r["variant"] for r in shown] == ["broken", "subject", "peer"], "each as soon as it is done"
+    assert all(r in rows for r in shown)
     assert rows[1]["reason"] == "no such kernel" and rows[2]["ratio"] == 3.0 and rows[2]["subject"] == "subject"
 
 
 def test_a_subject_that_dies_is_named(staged, net, monkeypatch):
-    session, started = staged({"subject": net, "peer": net})
+    """What was settled before stays."""
+    session, started = staged({"subject": net, "peer": net, "late": net})
     time = Here.time
 
     def die(here, seconds=0.0):
-        if "peer" in started and here is started["subject"][0]:
-            here.dead = True
+        if here is started["late"][0]:
+            here.milliseconds *= 1.3  # never settles
+        if here is started["subject"][0] and started["late"][0].asked.count("time") > 12:
             raise VariantFailed("its process ended with -9")
         return time(here)
 
     monkeypatch.setattr(Here, "time", die)
-    rows = measure.forward(session, "2x21x26", SHAPE, 0.0)
-    assert [r["status"] for r in rows] == ["ok", "failed"] and rows[1]["reason"] == "subject: its process ended with -9"
+    rows = measure.forward(session, "2x21x26", SHAPE, 60.0)
+    assert [r["status"] for r in rows] == ["ok", "ok", "failed"] and rows[1]["enough"] and rows[1]["ratio"] == 3.0
+    assert rows[2]["reason"] == "subject: its process ended with -9" and "ratio" not in rows[2]
+
+
+def test_where_memory_is_short_variants_run_one_by_one(staged, net, monkeypatch):
+    alive: list[str] = []
+    seen: list[set[str]] = []
+    functions = {"subject": net, "one": net, "two": net}
+    session, _ = staged(functions)
+    start = measure.Session.start
+
+    def counted(self, v, shape, **more):
+        made = start(self, v, shape, **more)
+        made.close = lambda: alive.remove(v.name)
+        made.__class__ = type("Counted", (Here,), {"__exit__": lambda here, *error: here.close()})
+        alive.append(v.name)
+        seen.append(set(alive))
+        return made
+
+    monkeypatch.setattr(measure.Session, "start", counted)
+    for free, together in ((4.1, {"subject", "one", "two"}), (4.0, {"subject", "two"}), (None, {"subject", "two"})):
+        monkeypatch.setattr(measure, "_available_mib", lambda free=free: free)
+        rows = measure.forward(session, "2x21x26", SHAPE, 0.0)
+        assert [r["ratio"] for r in rows] == [1.0, 3.0, 3.0] and not alive
+        assert seen[-1] == together, free
+
+
+def test_the_time_is_that_of_everything(staged, net, monkeypatch):
+    """What cannot be started before its end is skipped, and what was started has at least three rounds."""
+    now = [0.0]
+    session, started = staged({"subject": net, "peer": net, "late": net})
+    start = measure.Session.start
+
+    def slow(self, v, shape, **more):
+        now[0] += 10.0
+        return start(self, v, shape, **more)
+
+    monkeypatch.setattr(measure.Session, "start", slow)
+    monkeypatch.setattr(measure.time, "monotonic", lambda: now[0])
+    rows = measure.forward(session, "2x21x26", SHAPE, 0.0, until=25.0)
+    assert [r["status"] for r in rows] == ["ok", "skipped", "skipped"] and rows[0]["rounds"] >= 3
+    assert "time was spent" in rows[1]["reason"] and "ratio" not in rows[1] and "late" not in started
+    now[0] = 0.0
+    rows = measure.forward(session, "2x21x26", SHAPE, 0.0, until=35.0)
+    assert [r["status"] for r in rows] == ["ok", "ok", "skipped"]
+
+
+def test_who_is_interrupted_keeps_what_was_timed(staged, net, monkeypatch):
+    session, started = staged({"subject": net, "peer": net})
+    time, shown = Here.time, []
+
+    def interrupted(here, seconds=0.0):
+        if here is started["peer"][0] and here.asked.count("time") == 5:
+            raise KeyboardInterrupt
+        here.milliseconds *= 1.1
+        return time(here)
+
+    monkeypatch.setattr(Here, "time", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure.forward(session, "2x21x26", SHAPE, 60.0, shown.append)
+    assert [(r["variant"], r["rounds"], r["enough"]) for r in shown] == [("subject", 6, False), ("peer", 5, False)]
 
 
 def test_results_that_are_no_numbers_are_valid_json(staged, net):
@@ -241,6 +305,24 @@ def test_processes_that_fail_say_why(tmp_path):
         process._process.kill()
         with pytest.raises(VariantFailed, match="ended with -9"):
             process.ask("time")
+
+
+def test_an_onnx_file_is_made_meanwhile_and_its_failure_is_that_of_its_engines(net, tmp_path, monkeypatch):
+    engine = Variant("engine", "fp32", files=("onnx",))
+    made = tmp_path / "memnet_fast"
+    made.mkdir()
+    (made / "__init__.py").write_text("raise RuntimeError('no exporter here')\n")
+    monkeypatch.setattr(prepare, "import_path", lambda: str(tmp_path))
+    with measure.session(net, [engine], threads=1) as session:
+        assert session.preparation is not None and session.preparation._process is not None
+        why = session.why_not(engine)
+        assert why == {"status": "failed", "reason": "the onnx file could not be made: RuntimeError: no exporter here"}
+        assert session.why_not(engine) == why and session.why_not(Variant("other", "fp32")) is None
+    (made / "__init__.py").write_text("import time\ntime.sleep(60)\n")
+    with measure.session(net, [engine], threads=1) as session:
+        assert session.preparation is not None
+        process = session.preparation._process
+    assert process is not None and process.poll() == -9, "it ends with the session"
 
 
 def test_processes_that_hang_are_left(tmp_path):

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from support import networks
+from support import ending, networks
 
 import memnet_fast
-from benchmarks import compare, pipeline, repeatability, report, run, scaling
+from benchmarks import commandline, compare, pipeline, repeatability, report, run, scaling
 from benchmarks.networks import network
 from memnet_fast.backends import cpu
 from memnet_fast.bench import facts, measure, peers
@@ -71,13 +77,136 @@ def test_what_a_run_contains():
             run.chosen(net, "cpu", *arguments)
 
 
+def _left(main, arguments: list[str]) -> int:
+    """The exit code, however it is told."""
+    try:
+        return main(arguments)
+    except SystemExit as left:
+        return int(left.code or 0)
+
+
+THREADS = [["--threads", value] for value in ("0", "-1", "9999", "x")]
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--sizes", "0"], ["--model", "no-such"], ["--peers", "no-such", "--sizes", "4"]], ids=str
+    "arguments",
+    [
+        ["--sizes", "0"],
+        ["--model", "no-such"],
+        ["--peers", "no-such", "--sizes", "4"],
+        ["--suite", "no-such"],
+        ["--device", "tpu"],
+        ["--device", "cuda:99"],
+        *THREADS,
+    ],
+    ids=" ".join,
 )
 def test_bad_options_of_a_run_are_one_line(arguments, tmp_path, capsys):
-    assert run.main([*arguments, "--out", str(tmp_path)]) != 0
+    code = _left(run.main, [*arguments, "--out", str(tmp_path)])
+    assert code == (5 if "cuda:99" in arguments else 2)
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and said[0].startswith("benchmarks.run: ") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [*THREADS, ["--sizes", "0"], ["--json", "/no-such-folder/r.json"]], ids=" ".join)
+def test_bad_options_of_a_comparison_are_one_line(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "commit", lambda name: name)
+    assert _left(compare.main, ["HEAD", *arguments]) == (3 if "--json" in arguments else 2)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("benchmarks.compare: ")
+
+
+def test_what_is_done_is_stored_at_once(tiny, tmp_path, monkeypatch, capsys):
+    """Ended after the second of three rows: both are there, in a whole file."""
+    seen = []
+
+    def forward(session, size, shape, seconds, show):
+        for name in ("a", "b"):
+            show(row(name, 1.0, 2.0))
+            seen.append([r["variant"] for r in stored(tmp_path)["rows"]])
+        raise commandline.Ended(15)
+
+    monkeypatch.setattr(measure, "forward", forward)
+    assert run.main(["--sizes", "4", "--peers", "none", "--backends", "torch", "--out", str(tmp_path)]) == 143
+    assert seen == [["a"], ["a", "b"]] and [r["variant"] for r in stored(tmp_path)["rows"]] == ["a", "b"]
+    assert "wrote " in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    assert run.main(["--sizes", "4", "--peers", "none", "--out", str(tmp_path / "file")]) == 3
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_signal_ends_a_run_and_its_processes(tmp_path):
+    for name in ("tmp", "out"):
+        (tmp_path / name).mkdir()
+    save_weights(networks.build(TINY), tmp_path / "net.safetensors")
+    code = (
+        "import sys; from benchmarks import run; from memnet_fast.weights import load_weights; from pathlib import Path\n"
+        f"run.network = lambda name: load_weights({str(tmp_path / 'net.safetensors')!r})\n"
+        f"run._KEPT = Path({str(tmp_path)!r}) / 'kept'\n"
+        "sys.exit(run.main(sys.argv[1:]))"
+    )
+    words = ["--sizes", "9x11", "--backends", "torch", "--peers", "eager", "--threads", "1", "--seconds", "600"]
+    command = [sys.executable, "-c", code, *words, "--out", str(tmp_path / "out")]
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    code, said, had = ending.ended_in_the_middle(command, signal.SIGINT, "rounds of", tmp_path / "tmp", {"PYTHONPATH": path})
+    assert code == 130 and had and said.strip().splitlines()[-1] == "benchmarks.run: ended by SIGINT"
+    assert not list((tmp_path / "tmp").iterdir()), "temporary folders are gone"
+    assert all(path.suffix == ".json" and json.loads(path.read_text()) for path in (tmp_path / "out").iterdir())
+
+
+def test_the_second_signal_does_not_disturb_the_end():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    told = []
+
+    def work() -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            told.append("put away")
+        return 0
+
+    assert commandline.run("a program", work) == 143 and told == ["put away"]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+    def swallowed() -> int:
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return 0
+
+    assert commandline.run("a program", swallowed) == 143
+
+
+def test_whoever_is_ended_ends_all_of_a_build(tmp_path):
+    script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    found: list[int] = []
+
+    def end(number, frame):
+        raise commandline.Ended(number)
+
+    def ask() -> None:
+        deadline = time.monotonic() + 60
+        while len(found) < 2 and time.monotonic() < deadline:
+            found[:] = ending.children(os.getpid())
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, end)
+    asker = threading.Thread(target=ask)
+    try:
+        asker.start()
+        with pytest.raises(commandline.Ended):
+            commandline.complete([sys.executable, "-c", script], tmp_path, os.environ)
+    finally:
+        asker.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert len(found) == 2
+    deadline = time.monotonic() + 10
+    while any(ending.lives(pid) for pid in found):
+        assert time.monotonic() < deadline, "a process of the build lives on"
+        time.sleep(0.05)
 
 
 class Grown:

@@ -13,6 +13,7 @@ from typing import Any
 
 from memnet_fast import __version__
 from memnet_fast.backends.cpu import usable_cpus
+from memnet_fast.errors import BackendUnavailable, InputError
 from memnet_fast.health import cpu_model
 
 _QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,power.draw,temperature.gpu,memory.total"
@@ -35,8 +36,38 @@ def version(package: str) -> str | None:
         return None
 
 
-def about() -> dict[str, Any]:
-    """Plain values. The commit comes from git, or from MEMNET_COMMIT where the sources are a copy without history; it is None
+def threads(asked: int | None) -> int:
+    """The number of threads of a run: all CPUs of this process where none is asked for. Raises InputError for less than one,
+    and for more than CPUs: this package would use fewer than the others.
+    """
+    cpus = usable_cpus()
+    if asked is not None and not 1 <= asked <= cpus:
+        raise InputError(f"--threads {asked}: this process may use 1 to {cpus} threads")
+    return asked or cpus
+
+
+def checked_device(name: str) -> str:
+    """auto, cpu, cuda or cuda:N -> "cpu" or "cuda:N". Raises InputError for another word, BackendUnavailable for a device that
+    is not there.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device '{name}'; choose auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"unknown device '{name}'; choose auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BackendUnavailable(name, f"PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
+
+
+def about(device: str | None = None) -> dict[str, Any]:
+    """Plain values. device: "cpu" or "cuda:N", what is measured; gpu is about that one (None: the first that there is). The
+    commit comes from git, or from MEMNET_COMMIT where the sources are a copy without history; it is None
     where the package is no part of a checkout (it may be installed inside a stranger's). changed: files of the checkout that
     differ from it.
     """
@@ -71,18 +102,27 @@ def about() -> dict[str, Any]:
         found["compiler"] = native.module().compiler()
         found["flags"] = flags()
         found["isas"] = list(native.module().isas())
-    if torch.cuda.is_available():
-        p = torch.cuda.get_device_properties(0)
-        found["gpu"] = {
-            "name": p.name,
-            "capability": f"{p.major}.{p.minor}",
-            "sm_count": p.multi_processor_count,
-            "l2_bytes": p.L2_cache_size,
-            "memory_bytes": p.total_memory,
-        }
-        values = _output("nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader", "-i", "0")
-        if values:
-            found["gpu"]["nvidia_smi"] = dict(zip(_QUERY.split(","), map(str.strip, values.split(",")), strict=False))
+    if device != "cpu" and torch.cuda.is_available():
+        found["gpu"] = _gpu(torch.device(device or "cuda:0").index or 0)
+    return found
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    import torch
+
+    p = torch.cuda.get_device_properties(index)
+    found: dict[str, Any] = {
+        "index": index,
+        "name": p.name,
+        "capability": f"{p.major}.{p.minor}",
+        "sm_count": p.multi_processor_count,
+        "l2_bytes": p.L2_cache_size,
+        "memory_bytes": p.total_memory,
+    }
+    # By its identity: nvidia-smi counts all devices, PyTorch those that CUDA_VISIBLE_DEVICES leaves.
+    values = _output("nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader", "-i", f"GPU-{p.uuid}")
+    if values:
+        found["nvidia_smi"] = dict(zip(_QUERY.split(","), map(str.strip, values.split(",")), strict=False))
     return found
 
 

@@ -24,18 +24,30 @@ class Kept:
         tensors = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
         self._about = [digest(tensors), net.config.to_dict(), torch.__version__, __version__]
 
+    def find(self, name: str, sources: Sequence[ModuleType]) -> bytes | None:
+        """What was kept, if it was. sources: modules that decide about it, beside the reference."""
+        path = self._path(name, sources)
+        return path.read_bytes() if path is not None and path.exists() else None
+
+    def keep(self, name: str, sources: Sequence[ModuleType], data: bytes) -> None:
+        path = self._path(name, sources)
+        if path is not None:
+            make_folder(path.parent)
+            write_whole(path, data)
+
     def get(self, name: str, sources: Sequence[ModuleType], make: Callable[[], bytes]) -> bytes:
-        """What make() gives, or gave before. sources: modules that decide about it, beside the reference."""
+        """What make() gives, or gave before."""
+        data = self.find(name, sources)
+        if data is None:
+            data = make()
+            self.keep(name, sources, data)
+        return data
+
+    def _path(self, name: str, sources: Sequence[ModuleType]) -> Path | None:
         if self._folder is None:
-            return make()
+            return None
         seen = hashlib.sha256(json.dumps(self._about, sort_keys=True).encode())
         for module in (reference, *sources):
             assert module.__file__ is not None
             seen.update(Path(module.__file__).read_bytes())
-        path = self._folder / f"{name}-{seen.hexdigest()[:32]}"
-        if path.exists():
-            return path.read_bytes()
-        data = make()
-        make_folder(self._folder)
-        write_whole(path, data)
-        return data
+        return self._folder / f"{name}-{seen.hexdigest()[:32]}"

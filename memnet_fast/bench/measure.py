@@ -7,7 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,9 @@ import torch
 from memnet_fast.bench import pairs, peers, truth
 from memnet_fast.bench.clocks import quantiles
 from memnet_fast.bench.peers import Variant
+from memnet_fast.bench.prepare import Preparation
 from memnet_fast.bench.process import Process, VariantFailed
 from memnet_fast.reference import MemNet
-
-_WARM_RUNS = 1  # the gate ran both already
 
 
 @dataclass
@@ -40,16 +39,21 @@ class Session:
     isa: str = "native"
     cache: Path | None = None
     tell: Callable[[str], None] = lambda text: None
-    unprepared: dict[str, str] = field(default_factory=dict)
+    preparation: Preparation | None = None
 
     def why_not(self, variant: Variant) -> dict[str, str] | None:
-        """Status and reason of a variant that cannot be tried, with how to install what it needs."""
+        """Status and reason of a variant that cannot be tried, with how to install what it needs. Waits for its files."""
         if absent := variant.missing():
             return {"status": "missing", "reason": f"{', '.join(absent)} not installed", "install": variant.install}
+        failed = self.prepared() if variant.files else {}
         for kind in variant.files:
-            if kind in self.unprepared:
-                return {"status": "failed", "reason": self.unprepared[kind]}
+            if kind in failed:
+                return {"status": "failed", "reason": failed[kind]}
         return None
+
+    def prepared(self) -> dict[str, str]:
+        """Waits until every file is there; by its kind, why one is not."""
+        return self.preparation.finish() if self.preparation is not None else {}
 
     def environment(self, variant: Variant) -> dict[str, str]:
         return {**variant.environment, **(peers.AVX2 if self.isa == "avx2" else {})}
@@ -77,8 +81,8 @@ def session(net: MemNet, variants: Sequence[Variant], **options: Any) -> Iterato
     with tempfile.TemporaryDirectory(prefix="memnet-bench-") as name:
         made = Session(net, Path(name), list(variants), **options)
         made.tell("preparing the network for every engine")
-        made.unprepared = peers.prepare(net, made.folder, made.variants, made.cache)
-        yield made
+        with Preparation(net, made.folder, made.variants, made.cache) as made.preparation:
+            yield made
 
 
 class Case:
@@ -121,6 +125,29 @@ class Case:
         return {**row, "status": "refused", "reason": wrong} if wrong else {**row, "status": "ok"}
 
 
+@dataclass
+class _Running:
+    """A variant that was found to be right, and what is known of it."""
+
+    variant: Variant
+    process: Process
+    row: dict[str, Any]
+    contest: pairs.Contest
+    others: list[float] = field(default_factory=list)  # what other programs used of the CPUs, run by run
+    in_flight: int = 1
+
+    def finished(self) -> dict[str, Any]:
+        """Its row, with times where it has any."""
+        found = self.contest.pairs
+        if self.contest.failure is not None:
+            return {"status": "failed", "reason": str(self.contest.failure)}
+        low, middle, high = quantiles(found.other)
+        row = {**self.row, "ms": middle, "ms_q20": low, "ms_q80": high, **found.row(), "enough": self.contest.settled}
+        row["in_flight"] = self.in_flight
+        row["others"] = round(statistics.median(self.others), 3) if self.others else None
+        return row
+
+
 def forward(
     session: Session,
     size: str,
@@ -128,12 +155,17 @@ def forward(
     seconds: float,
     show: Callable[[dict[str, Any]], None] = lambda row: None,
     goal: float = pairs.GOAL,
+    until: float | None = None,
 ) -> list[dict[str, Any]]:
-    """One row for each variant of the session at one size. The first variant is the subject; all are timed in turns with it,
-    also a second process of its own, whose ratio should be 1.
+    """One row for each variant of the session at one size, in their order; `show` gets each when it is done. The first variant
+    is the subject; all are timed in turns with it, also a second process of its own, whose ratio should be 1. As many as the
+    memory holds run side by side, so that each is timed now and then all the time.
 
-    seconds: about how long the timing of all variants may take; starting and checking them is not counted. A row that is not
-    "ok" has no times and no ratio; without a right subject no row has.
+    seconds: about how long the timing of all variants may take; starting and checking them is not counted. until: the moment
+    (time.monotonic) by which everything should be done, in place of seconds; peers that cannot be started before it are
+    "skipped".
+    A row that is not "ok" has no times and no ratio; without a right subject no row has. Where an exception ends this early,
+    `show` has got what was timed until then.
     """
     subject, *others = session.variants
     n, h, w = shape
@@ -159,49 +191,118 @@ def forward(
     if why := session.why_not(subject):
         return refuse_all(why)
     case = session.case(shape)
+    session.prepared()  # a CPU that still makes files is none to time on
     session.tell(f"{size}: {subject.name}")
     with session.start(subject, shape) as first:
         gate = case.gated(first, subject)
         if gate["status"] != "ok":
             return refuse_all(gate)
-        possible = sum(session.why_not(v) is None for v in others) + 1
+        waiting = []
         for variant in session.variants:
             if why := session.why_not(variant):
                 add(variant, why)
-                continue
-            session.tell(f"{size}: {variant.name}, in turns with {subject.name}")
-            with session.start(variant, shape) as second:
-                row = case.gated(second, variant)
-                if row["status"] == "ok":
-                    try:
-                        row |= _timed(first, second, seconds / possible, goal)
-                        row |= {"subject": subject.name, **second.ask("memory")}
-                    except VariantFailed as failure:
-                        whose = f"{subject.name}: " if first.ended() else ""
-                        row = {"status": "failed", "reason": f"{whose}{failure}"}
-            add(variant, row)
-    return rows
+            else:
+                waiting.append(variant)
+        possible, starts = len(waiting), _Starts()
+        while waiting:
+            with ExitStack() as stack:
+                running: list[_Running] = []
+                while waiting and (not running or _room(session, running)):
+                    variant = waiting.pop(0)
+                    if until is not None and variant is not subject and time.monotonic() + starts.mean() >= until:
+                        add(variant, {"status": "skipped", "reason": "not tried: the time was spent"})
+                        continue
+                    session.tell(f"{size}: {variant.name}")
+                    with starts.timed():
+                        process = stack.enter_context(session.start(variant, shape))
+                        row = case.gated(process, variant)
+                        row |= _memory_of(process, row)
+                    if row["status"] == "ok":
+                        running.append(_running(variant, process, {**row, "subject": subject.name}, goal))
+                    else:
+                        process.close()
+                        add(variant, row)
+                part = seconds * len(running) / possible
+                if until is not None:
+                    left = until - time.monotonic() - starts.mean() * len(waiting)
+                    part = left * len(running) / (len(running) + len(waiting)) if running else 0.0
+                if running:
+                    session.tell(f"{size}: rounds of {', '.join(r.variant.name for r in running)}")
+                try:
+                    _time_all(first, subject, running, part)
+                finally:
+                    for r in running:
+                        if r.contest.failure is not None or len(r.contest.pairs.other) >= pairs.FEWEST_ROUNDS:
+                            add(r.variant, r.finished())
+    order = {variant.name: i for i, variant in enumerate(session.variants)}
+    return sorted(rows, key=lambda row: order[row["variant"]])
 
 
-def _timed(first: Process, second: Process, seconds: float, goal: float) -> dict[str, Any]:
-    others: list[float] = []
-    seen: dict[str, Any] = {}
+class _Starts:
+    """How long variants take to start and to be checked."""
 
-    def sample(process: Process) -> float:
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self._seconds.append(time.monotonic() - start)
+
+    def mean(self) -> float:
+        return statistics.mean(self._seconds) if self._seconds else 0.0
+
+
+def _room(session: Session, running: Sequence[_Running]) -> bool:
+    """Whether another process may be started beside these: on a CPU, where it may become twice as large as the largest."""
+    peaks = [r.row.get("peak_mib") for r in running]
+    free = _available_mib()
+    if session.device != "cpu" or free is None or any(peak is None for peak in peaks):
+        return False
+    return free > 2 * max(peak for peak in peaks if peak is not None)
+
+
+def _available_mib() -> float | None:
+    """Memory that this machine could still give away; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _memory_of(process: Process, row: dict[str, Any]) -> dict[str, Any]:
+    """What is to be added to the row of a variant that was found to be right, or its failure."""
+    if row["status"] != "ok":
+        return {}
+    try:
+        return process.ask("memory")
+    except VariantFailed as failure:
+        return {"status": "failed", "reason": str(failure)}
+
+
+def _running(variant: Variant, process: Process, row: dict[str, Any], goal: float) -> _Running:
+    def run() -> float:
         answer = process.time()
+        made.in_flight = answer["in_flight"]
         if answer["others"] is not None:
-            others.append(answer["others"])
-        seen.update(answer)
-        return answer["ms"]
+            made.others.append(answer["others"])
+        return float(answer["ms"])
 
-    for _ in range(_WARM_RUNS):
-        first.time()
-        second.time()
-    found, enough = pairs.take_turns(lambda: sample(first), lambda: sample(second), seconds, goal)
-    low, middle, high = quantiles(found.other)
-    row = {"ms": middle, "ms_q20": low, "ms_q80": high, **found.row(), "enough": enough, "in_flight": seen["in_flight"]}
-    row["others"] = round(statistics.median(others), 3) if others else None
-    return row
+    made = _Running(variant, process, row, pairs.Contest(run, goal))
+    return made
+
+
+def _time_all(first: Process, subject: Variant, running: Sequence[_Running], seconds: float) -> None:
+    """Fills the contests. Where the subject fails, all of them have failed."""
+    try:
+        first.time()  # it waited while the others were started
+        pairs.run_all(lambda: float(first.time()["ms"]), [r.contest for r in running], seconds)
+    except VariantFailed as failure:
+        for r in running:
+            if r.contest.open():
+                r.contest.failure = VariantFailed(f"{subject.name}: {failure}")
 
 
 def memory(

@@ -1,7 +1,8 @@
 """Rounds of two things in turns, and when there are enough of them.
 
-A machine whose speed drifts still gives true ratios: each round runs both, one right after the other, the order turns from
-round to round, and only ratios within a round are compared.
+A machine whose speed drifts still gives true ratios: every run of the other lies between two of the subject and is held
+against their geometric mean, which a drift passes through as the other does. Several contests with one subject take rounds in
+turns: a burst of other work then costs each of them a few rounds, which a median forgets, and not one of them all.
 """
 
 from __future__ import annotations
@@ -14,13 +15,30 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memnet_fast.bench.clocks import quantiles
+from memnet_fast.bench.process import VariantFailed
 
-# A ratio is known well enough when the interval that holds its median with 95 % is narrower than this part of it.
-GOAL = 0.02
-_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 400
+# Of the interval that holds the median of the ratios, whatever their distribution. Rounds end at the first of several looks
+# that finds it narrow, and each look has its own chance to be wrong: all of them together have about 5 %.
+CONFIDENCE = 0.99
+# A ratio is settled when that interval lies within this part of the median: two runs that settled agree within twice as much.
+GOAL = 0.025
+FEWEST_ROUNDS = 3
+_MOST_ROUNDS = 400
 
 
-def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+def _looks() -> list[int]:
+    """Numbers of rounds after which the interval is looked at: from the first that has one, a third more each time. A look
+    after each round would end them as soon as chance makes the interval narrow."""
+    found = [8]
+    while found[-1] < _MOST_ROUNDS:
+        found.append(min(_MOST_ROUNDS, math.ceil(found[-1] * 4 / 3)))
+    return found
+
+
+LOOKS = frozenset(_looks())
+
+
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
     """Order statistics between which the median of the distribution lies with at least this confidence, whatever the
     distribution; None for too few values.
     """
@@ -34,7 +52,7 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
 
 @dataclass
 class Pairs:
-    """Samples of the subject and of another, round by round. Any unit."""
+    """What the subject and another took, round by round. Any unit."""
 
     subject: list[float] = field(default_factory=list)
     other: list[float] = field(default_factory=list)
@@ -44,13 +62,14 @@ class Pairs:
         return [b / a for a, b in zip(self.subject, self.other, strict=True)]
 
     def spread(self) -> float:
-        """Width of the interval of the median ratio, as a part of it; infinite for too few rounds."""
+        """How far the interval of the median ratio reaches from it, as a part; infinite for too few rounds."""
         ratios = self.ratios
         found = median_interval(ratios)
-        return math.inf if found is None else (found[1] - found[0]) / statistics.median(ratios)
+        middle = statistics.median(ratios) if ratios else math.nan
+        return math.inf if found is None else max(found[1] / middle, middle / found[0]) - 1
 
     def row(self) -> dict[str, Any]:
-        """rounds, ratio with its 20 % and 80 % quantiles, and the interval of its median (None for less than six rounds)."""
+        """rounds, ratio with its 20 % and 80 % quantiles, and the interval of its median (None for less than eight rounds)."""
         low, middle, high = quantiles(self.ratios)
         interval = median_interval(self.ratios)
         return {
@@ -62,6 +81,55 @@ class Pairs:
         }
 
 
+@dataclass
+class Contest:
+    """One thing that is held against the subject: run returns what a run of it took. settled: the ratio is known well enough.
+    failure: of a run, which ended the contest.
+    """
+
+    run: Callable[[], float]
+    goal: float = GOAL
+    pairs: Pairs = field(default_factory=Pairs)
+    settled: bool = False
+    failure: VariantFailed | None = None
+
+    def add(self, before: float, own: float, after: float) -> None:
+        """A round: a run between two of the subject."""
+        self.pairs.subject.append(math.sqrt(before * after))
+        self.pairs.other.append(own)
+        self.settled = len(self.pairs.other) in LOOKS and self.pairs.spread() <= self.goal
+
+    def open(self) -> bool:
+        """Whether another round can tell more."""
+        return not self.settled and self.failure is None and len(self.pairs.other) < _MOST_ROUNDS
+
+
+def run_all(
+    subject: Callable[[], float],
+    contests: Sequence[Contest],
+    seconds: float,
+    now: Callable[[], float] = time.monotonic,
+) -> None:
+    """A round of each in turn, until all are settled or about `seconds` have passed; at least three of each that does not
+    fail. Raises VariantFailed where the subject fails.
+    """
+    start, before = now(), None
+    while waiting := [contest for contest in contests if contest.open()]:
+        for contest in waiting:
+            if now() - start >= seconds and len(contest.pairs.other) >= FEWEST_ROUNDS:
+                return
+            if before is None:
+                before = subject()
+            try:
+                own = contest.run()
+            except VariantFailed as failure:
+                contest.failure, before = failure, None  # whoever fails may take long to do so
+                continue
+            after = subject()
+            contest.add(before, own, after)
+            before = after
+
+
 def take_turns(
     subject: Callable[[], float],
     other: Callable[[], float],
@@ -69,19 +137,9 @@ def take_turns(
     goal: float = GOAL,
     now: Callable[[], float] = time.monotonic,
 ) -> tuple[Pairs, bool]:
-    """Rounds until the ratio is known well enough (True), or for about `seconds`, but at least three (False)."""
-    pairs, start = Pairs(), now()
-    while len(pairs.other) < _MOST_ROUNDS:
-        if len(pairs.other) % 2 == 0:
-            a = subject()
-            b = other()
-        else:
-            b = other()
-            a = subject()
-        pairs.subject.append(a)
-        pairs.other.append(b)
-        if pairs.spread() <= goal:
-            return pairs, True
-        if len(pairs.other) >= _FEWEST_ROUNDS and now() - start >= seconds:
-            return pairs, False
-    return pairs, pairs.spread() <= goal
+    """Rounds until the ratio is settled (True), or for about `seconds`, but at least three (False). Raises VariantFailed."""
+    contest = Contest(other, goal)
+    run_all(subject, [contest], seconds, now)
+    if contest.failure is not None:
+        raise contest.failure
+    return contest.pairs, contest.settled

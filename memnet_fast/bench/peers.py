@@ -1,8 +1,8 @@
 """Everything that can run the network: this package's backends, and the engines of others in their best configuration.
 
-All get the same network and the same weights from one folder, which `prepare` fills, and the same number of threads. `variants`
-says what can be asked for on a device, `missing` what is not installed; `make` builds one of them inside its own process
-(worker.py). Modules of engines are imported there only.
+All get the same network and the same weights from one folder, which prepare.py fills, and the same number of threads.
+`own_variants` and `peer_variants` say what can be asked for on a device, `missing` what is not installed; `make` builds one of
+them inside its own process (worker.py). Modules of engines are imported there only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from memnet_fast.bench.kept import Kept
     from memnet_fast.bench.worker import Runner
     from memnet_fast.reference import MemNet
 
@@ -47,8 +46,9 @@ _JAX = "pip install jax, or for an NVIDIA GPU jax[cuda13]"
 @dataclass(frozen=True)
 class Variant:
     """own: backend, precision and algorithm of this package; otherwise a peer. needs: modules that must be there. files: of
-    `prepare`. environment: of its process. masks: it can be told to leave AVX-512 alone. slow: its start takes long.
-    clamped: its result is one of [0, 1].
+    prepare.py. environment: of its process. masks: it can be told to leave AVX-512 alone. extra: no part of a run of two
+    minutes: its start or its runs take long, or another row is the same engine at its best. clamped: its result is one of
+    [0, 1].
     """
 
     name: str
@@ -59,7 +59,7 @@ class Variant:
     files: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=lambda: KEEP_PAGES)
     masks: bool = True
-    slow: bool = False
+    extra: bool = False
     clamped: bool = False
     note: str = ""
 
@@ -90,22 +90,22 @@ def own_variants(net: MemNet, device: str) -> list[Variant]:
 
 _OPENVINO: dict[str, Any] = {"needs": ("onnx", "onnxscript", "onnxruntime", "openvino"), "files": ("onnx",), "clamped": True}
 _CPU_PEERS: tuple[Variant, ...] = (
-    Variant("eager", "fp32"),
+    Variant("eager", "fp32", extra=True),
     Variant("eager channels_last", "fp32"),
-    Variant("eager channels_last, default allocator", "fp32", environment={}, slow=True),
-    Variant("torch.compile", "fp32", slow=True),
-    Variant("torch.compile freezing", "fp32", slow=True),
-    Variant("torch.compile max-autotune", "fp32", slow=True),
+    Variant("eager channels_last, default allocator", "fp32", environment={}, extra=True),
+    Variant("torch.compile", "fp32", extra=True),
+    Variant("torch.compile freezing", "fp32", extra=True),
+    Variant("torch.compile max-autotune", "fp32", extra=True),
     Variant("ONNX Runtime", "fp32", needs=_OPENVINO["needs"][:3], files=("onnx",), masks=False, clamped=True),
     Variant("OpenVINO latency", "fp32", **_OPENVINO),
-    Variant("OpenVINO throughput", "fp32", **_OPENVINO, note="several images in flight; time for one"),
+    Variant("OpenVINO throughput", "fp32", **_OPENVINO, extra=True, note="several images in flight; time for one"),
     Variant("ncnn", "fp32", needs=("ncnn",), files=("ncnn",), masks=False),
-    Variant("JAX", "fp32", needs=("jax",), install=_JAX, slow=True),
+    Variant("JAX", "fp32", needs=("jax",), install=_JAX, extra=True),
     Variant("eager bf16 channels_last", "bf16"),
-    Variant("autocast bf16 channels_last", "bf16"),
-    Variant("torch.compile freezing bf16", "bf16", slow=True),
+    Variant("autocast bf16 channels_last", "bf16", extra=True),
+    Variant("torch.compile freezing bf16", "bf16", extra=True),
     Variant("OpenVINO latency bf16", "bf16", **_OPENVINO),
-    Variant("OpenVINO throughput bf16", "bf16", **_OPENVINO, note="several images in flight; time for one"),
+    Variant("OpenVINO throughput bf16", "bf16", **_OPENVINO, extra=True, note="several images in flight; time for one"),
     Variant("ncnn bf16", "bf16", needs=("ncnn",), files=("ncnn",), masks=False),
 )
 
@@ -116,14 +116,14 @@ def peer_variants(device: str) -> list[Variant]:
         return list(_CPU_PEERS)
     from memnet_fast.bench.gpu_peers import GPU_PEERS
 
-    found = [Variant(name, peer.precision, slow=peer.slow, environment={}) for name, peer in GPU_PEERS.items()]
+    found = [Variant(name, peer.precision, extra=peer.slow, environment={}) for name, peer in GPU_PEERS.items()]
     # It would take most of the memory of the GPU at once, which the subject shares.
     some = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    return [*found, Variant("JAX fp16", "fp16", needs=("jax",), install=_JAX, environment=some, slow=True)]
+    return [*found, Variant("JAX fp16", "fp16", needs=("jax",), install=_JAX, environment=some, extra=True)]
 
 
 def select(variants: list[Variant], text: str) -> list[Variant]:
-    """Of these, all, fast (those that do not start slowly), none, or those that a list names: by their name, or by a part of
+    """Of these, all, fast (those that are no extra), none, or those that a list names: by their name, or by a part of
     it where no name is meant exactly. Raises InputError for a word that names nothing.
     """
     from memnet_fast.errors import InputError
@@ -131,7 +131,7 @@ def select(variants: list[Variant], text: str) -> list[Variant]:
     if text in ("all", "none"):
         return variants if text == "all" else []
     if text == "fast":
-        return [v for v in variants if not v.slow]
+        return [v for v in variants if not v.extra]
     found: set[str] = set()
     for word in (part.strip().lower() for part in text.split(",")):
         names = [v.name for v in variants if v.name.lower() == word] or [
@@ -141,48 +141,6 @@ def select(variants: list[Variant], text: str) -> list[Variant]:
             raise InputError(f"no peer is called '{word}'; there are {'; '.join(v.name for v in variants)}")
         found.update(names)
     return [v for v in variants if v.name in found]
-
-
-def prepare(net: MemNet, folder: Path, variants: list[Variant], cache: Path | None = None) -> dict[str, str]:
-    """Writes the weights, and the files that the variants read. Returns, by kind of file, why one could not be made.
-
-    cache: a folder that keeps the ONNX file, which takes long, from run to run.
-    """
-    from memnet_fast.bench.kept import Kept
-    from memnet_fast.weights import save_weights
-
-    kept = Kept(cache, net)
-
-    save_weights(net, folder / "weights.safetensors")
-    failed = {}
-    for kind in sorted({kind for v in variants if not v.missing() for kind in v.files}):
-        try:
-            _FILES[kind](net, folder, kept)
-        except Exception as error:  # the other engines do not need it
-            failed[kind] = f"the {kind} file could not be made: {type(error).__name__}: {' '.join(str(error).split())}"[:300]
-    return failed
-
-
-def _write_onnx(net: MemNet, folder: Path, kept: Kept) -> None:
-    from memnet_fast import export
-
-    def make() -> bytes:
-        export.export_onnx(net, folder / "model.onnx")
-        return (folder / "model.onnx").read_bytes()
-
-    (folder / "model.onnx").write_bytes(kept.get("onnx", [export], make))
-
-
-def _write_ncnn(net: MemNet, folder: Path, kept: Kept) -> None:
-    from memnet_fast.bench.ncnn_model import write
-    from memnet_fast.plan import lower
-
-    text, data = write(lower(net))
-    (folder / "model.param").write_text(text)
-    (folder / "model.bin").write_bytes(data)
-
-
-_FILES: dict[str, Callable[[MemNet, Path, Kept], None]] = {"onnx": _write_onnx, "ncnn": _write_ncnn}
 
 
 # In the process of a variant -----------------------------------------------------------------------------------------

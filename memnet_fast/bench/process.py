@@ -25,6 +25,13 @@ class VariantFailed(RuntimeError):
     """The process ended, raised, or took too long; one line."""
 
 
+def import_path() -> str:
+    """PYTHONPATH of a process that is to find what this one finds, in the same order, and nothing else: another package in the
+    current folder would be taken in the place of this one.
+    """
+    return os.pathsep.join(part or os.getcwd() for part in sys.path)
+
+
 class Process:
     """settings: as worker.py takes them. environment: added to this process's; OMP_NUM_THREADS is set to the threads.
 
@@ -33,9 +40,7 @@ class Process:
 
     def __init__(self, settings: Mapping[str, Any], environment: Mapping[str, str], package: Path | None = None) -> None:
         env = {**os.environ, **environment, "OMP_NUM_THREADS": str(settings["threads"])}
-        # It finds what this process finds, in the same order, and nothing else: another package in the current folder would be
-        # timed in the place of this one.
-        env["PYTHONPATH"] = os.pathsep.join(part or os.getcwd() for part in sys.path) if package is None else str(package)
+        env["PYTHONPATH"] = import_path() if package is None else str(package)
         # The folder of the script must not become part of the path: its neighbours are not top-level modules.
         command = [sys.executable, "-P", worker.__file__]
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  closed by close()
@@ -101,6 +106,8 @@ class Process:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and not isinstance(error, Exception):  # this process is asked to end
+            self._process.kill()
         self.close()
 
 

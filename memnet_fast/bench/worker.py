@@ -1,7 +1,7 @@
 """One variant in a process of its own, so that its memory, its threads and its environment are its own.
 
 Started with one argument, JSON: {"folder", "threads", "device", "shape": [n, h, w] and either "peer": name or "own": [backend,
-precision, algorithm]}; folder holds weights.safetensors and what `peers.prepare` made. Answers each line of JSON on standard
+precision, algorithm]}; folder holds weights.safetensors and what prepare.py made. Answers each line of JSON on standard
 input with one on standard output: {"do": "load", "file": NPY}, {"do": "run", "file": NPY} (writes the result),
 {"do": "time"}, {"do": "memory"}.
 

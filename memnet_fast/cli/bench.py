@@ -17,19 +17,33 @@ if TYPE_CHECKING:
     from memnet_fast.reference import MemNet
 
 _DONE, _SOME_FAILED = 0, 3
+# With fewer, a round of all engines at 256x256 takes so long that two minutes hold three of them.
+_MANY_THREADS = 8
 
 
 @click.command(short_help="Times this package beside other engines on this machine.")
-@click.option("--sizes", metavar="LIST", help="256, 480x640, 16x64x64, 1080p, 4k; default: 256, on a GPU 256,1080p.")
+@click.option(
+    "--sizes",
+    metavar="LIST",
+    help="256, 480x640, 16x64x64, 1080p, 4k; default: 256, on less than 8 CPUs 128, on a GPU 256,1080p.",
+)
 @click.option("--backends", default="auto", metavar="LIST", help="auto, all, or names: cpu, cuda, triton, torch.")
 @click.option(
-    "--peers", default="fast", metavar="LIST", help="fast, all (also those that start slowly), none, or parts of names."
+    "--peers",
+    default="fast",
+    metavar="LIST",
+    help="fast (each engine at its best, unless that starts slowly), all, none, or parts of names.",
 )
 @click.option("-p", "--precision", default="auto", metavar="LIST", help="auto: fp32, on a GPU also fp16; all; or names.")
 @click.option("-n", "--model", default="memnet_m6r6.denoise", metavar="NAME|FILE", help="A bundled model or a weight file.")
 @click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N.")
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="Of every engine; default: the CPUs of this process.")
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=110.0, help="For everything, about.")
+@click.option("--threads", type=int, metavar="N", help="Of every engine; default: the CPUs of this process.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=105.0,
+    help="For everything, about; what finds no time is skipped.",
+)
 @click.option("--json", "json_file", metavar="FILE", help="Also write everything as JSON; - for stdout instead of the table.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not say what is being done.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
@@ -41,24 +55,26 @@ def bench(ctx: click.Context, json_file: str | None, quiet: bool, verbose: bool,
     memnet bench
     memnet bench --sizes 256,1080p --backends all --peers all --seconds 900 --json r.json
 
-    Every engine runs in a process of its own, and each of its rounds is paired with a round of this package, which gives ratios
-    that hold also where the machine's speed drifts. Before anything is timed its result is held against float64; what is wrong
-    gets no time. Rounds go on until the ratio is known within 2 %, or the time is spent, which the table then says.
-    Exit code 3: something was wrong or failed.
+    Every engine runs in a process of its own, each time between two runs of this package, which gives ratios that hold also
+    where the machine's speed drifts. Before anything is timed its result is held against float64; what is wrong gets no time.
+    Rounds go on until the ratio is settled (its median is known within 2.5 %), or the time is spent: then the table says "not
+    settled", and two such runs may differ by more than 5 %. Exit code 3: something was wrong or failed, or FILE cannot be
+    written.
     """
     ctx.ensure_object(State).verbose = verbose
     start = time.monotonic()
     from memnet_fast.bench import facts, measure
     from memnet_fast.bench.sizes import parse_sizes
+    from memnet_fast.files import require_writable, write_whole
 
     if json_file and json_file != "-":
-        _require_folder(Path(json_file))
-    device = _device(options["device"])
-    sizes = parse_sizes(options["sizes"] or ("256" if device == "cpu" else "256,1080p"))
+        require_writable(Path(json_file))
+    device = facts.checked_device(options["device"])
+    threads = facts.threads(options["threads"])
+    sizes = parse_sizes(options["sizes"] or _default_sizes(device, threads))
     net = _network(options["model"])
     variants = _chosen(net, device, options["backends"], options["peers"], options["precision"])
-    threads = _threads(options["threads"], facts.cpu()["cpus"])
-    about = {**facts.about(), "model": options["model"], "threads": threads, "device": device}
+    about = {**facts.about(device), "model": options["model"], "threads": threads, "device": device}
 
     def tell(text: str) -> None:
         ctx.ensure_object(State).end_if_asked()
@@ -68,55 +84,30 @@ def bench(ctx: click.Context, json_file: str | None, quiet: bool, verbose: bool,
     rows: list[dict[str, Any]] = []
     with measure.session(net, variants, threads=threads, device=device, tell=tell) as session:
         for i, (size, shape) in enumerate(sizes.items()):
-            # What is left, shared by what is left; starting and checking takes about half of it.
-            seconds = (options["seconds"] - (time.monotonic() - start)) / (len(sizes) - i) / 2
-            rows += measure.forward(session, size, shape, max(0.0, seconds))
-    text = json.dumps({"about": about, "rows": rows}, indent=1, allow_nan=False) + "\n"
+            now = time.monotonic()
+            # What is left, shared by the sizes that are left.
+            until = now + max(0.0, start + options["seconds"] - now) / (len(sizes) - i)
+            rows += measure.forward(session, size, shape, 0.0, until=until)
+            if json_file and json_file != "-":  # whoever ends this later keeps the sizes that are done
+                write_whole(Path(json_file), _encoded(about, rows).encode())
     if json_file == "-":
-        click.echo(text, nl=False)
+        click.echo(_encoded(about, rows), nl=False)
     else:
         _show(about, rows)
         if json_file:
-            from memnet_fast.files import write_whole
-
-            write_whole(Path(json_file), text.encode())
             say(f"wrote {shown(json_file)}")
     return _SOME_FAILED if any(row["status"] in ("refused", "failed") for row in rows) else _DONE
 
 
-def _threads(asked: int | None, cpus: int) -> int:
-    """Raises InputError for more threads than CPUs: this package would use fewer than the others."""
-    from memnet_fast.errors import InputError
-
-    if asked is not None and asked > cpus:
-        raise InputError(f"--threads {asked}: this process may use {cpus} CPUs")
-    return asked or cpus
+def _encoded(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    return json.dumps({"about": about, "rows": rows}, indent=1, allow_nan=False) + "\n"
 
 
-def _require_folder(path: Path) -> None:
-    """Now, and not after two minutes."""
-    from memnet_fast.errors import InputError
-
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: {'it is a folder' if path.is_dir() else f'there is no folder {path.parent}'}")
-
-
-def _device(name: str) -> str:
-    import torch
-
-    from memnet_fast.errors import BackendUnavailable, InputError
-
-    if name == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"unknown device '{name}'; choose auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"unknown device '{name}'; choose auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BackendUnavailable(name, f"PyTorch sees {torch.cuda.device_count()} CUDA devices")
-    return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
+def _default_sizes(device: str, threads: int) -> str:
+    """What two minutes are enough for."""
+    if device != "cpu":
+        return "256,1080p"
+    return "128" if threads < _MANY_THREADS else "256"
 
 
 def _network(model: str) -> MemNet:
@@ -180,12 +171,13 @@ def _show(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     timed = [row for row in rows if "ms" in row]
     if timed:
         console.print(
-            f"ratio: time in comparison with {timed[0]['subject']}, more is slower; within: its median (about 95 %); "
+            f"ratio: time in comparison with {timed[0]['subject']}, more is slower; within: its median (99 %); "
             "memory timed: of the process, in which engines of others keep freed pages because that makes them faster."
         )
     if short := sum(not row["enough"] for row in timed):
         console.print(
-            f"The time was spent before {short} of {len(timed)} ratios were known within 2 %: --seconds N, or a quieter machine"
+            f"Not settled: the time was spent before {short} of {len(timed)} ratios were known within 2.5 %; "
+            "--seconds N, or a quieter machine"
         )
     busy = [row["others"] for row in timed if row.get("others") is not None]
     if busy and max(busy) > 0.05:
@@ -204,6 +196,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         return row["status"], "-", "-", "-", "-", errors
     interval = row["ratio_interval"]
     within = "-" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
+    within += "" if row["enough"] else ", not settled"
     memory = row.get("device_peak_mib", row["peak_mib"])
     times = f"{row['ms']:.1f}", f"{row['ratio']:.2f}", within, str(row["rounds"])
     return *times, "-" if memory is None else f"{memory:.0f}", errors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -107,6 +106,7 @@ def profile(ctx: click.Context, **options: Any) -> int:
 def _outputs(options: dict[str, Any]) -> dict[str, Path]:
     """What is to be written where. Raises OutputError where that is impossible, before anything is computed."""
     from memnet_fast.errors import OutputError
+    from memnet_fast.files import require_writable
 
     files: dict[str, Path] = {}
     if options["output"] is not None:
@@ -119,12 +119,7 @@ def _outputs(options: dict[str, Any]) -> dict[str, Path]:
     if options["json_file"] not in (None, "-"):
         files["json"] = Path(options["json_file"])
     for path in files.values():
-        if path.is_dir():
-            raise OutputError(f"cannot write {path}: it is a folder")
-        if not path.parent.is_dir():
-            raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
-        if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise OutputError(f"cannot write {path}: the folder {path.parent} is not writable")
+        require_writable(path)
     if len(set(files.values())) < len(files):
         raise OutputError(f"cannot write {options['json_file']}: another result goes there")
     return files
