@@ -53,7 +53,7 @@ def test_a_real_run(run, model, tmp_path):
     about = data["about"]
     assert about["torch"] == torch.__version__ and about["cpu"]["cpus"] >= 1 and about["model"] == model
     assert about["cpu"]["clocks"]["mhz"] or about["cpu"]["clocks"]["reason"]
-    assert "in turns" in said and f"wrote {out}" in said
+    assert "rounds of memnet_fast torch" in said and f"wrote {out}" in said
 
 
 def row(name, **more):

@@ -122,7 +122,7 @@ def test_what_is_done_is_stored_at_once(tiny, tmp_path, monkeypatch, capsys):
 
     def forward(session, size, shape, seconds, show):
         for name in ("a", "b"):
-            show(row(name, 1.0, 2.0))
+            show(row(name, 1.0, 2.0, ratio_interval=None, enough=True))
             seen.append([r["variant"] for r in stored(tmp_path)["rows"]])
         raise commandline.Ended(15)
 

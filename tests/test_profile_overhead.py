@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from support import networks
 from support.threads import torch_threads
 
-from benchmarks import profile_overhead
+from benchmarks import instructions, profile_overhead
 from memnet_fast import native
+from memnet_fast.backends import cpu
+from memnet_fast.packing import aligned_zeros
 from memnet_fast.plan import lower
 
 
@@ -35,6 +41,37 @@ def test_ratios_are_taken_within_rounds(monkeypatch):
         assert set(found[key].values()) == {ratio}
     assert [row["cpu"] for row in found["seconds"]["none"]] == [1.0, 2.0, 3.0, 4.0]
     assert [row["clock"] for row in found["seconds"]["on"]] == [3.0, 6.0, 9.0, 12.0]
+
+
+@pytest.mark.skipif(native.why_missing() is not None, reason=native.why_missing() or "built")
+def test_what_is_counted_is_the_network(tmp_path):
+    """The program that valgrind runs reads a dumped plan and computes what the backend computes, bit for bit."""
+    module = native.module()
+    isa = module.isas()[0]
+    x = networks.image(1, 1, 9, 11)
+    with torch_threads(1):
+        packed = cpu.CpuPacked(lower(networks.build(networks.SMALL)), "winograd", isa, compact=True)
+        instructions.dump(tmp_path, packed, x.numpy())
+        out, work = torch.empty(1, 1, 9, 11), torch.from_numpy(aligned_zeros((packed.workspace_bytes(1, 9, 11),), np.uint8))
+        packed.run(x, out, work)
+    command = [sys.executable, "-I", instructions.__file__, str(tmp_path), module.__file__, "2"]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert torch.equal(torch.from_numpy(np.fromfile(tmp_path / "out.bin", np.float32)).view(1, 1, 9, 11), out)
+
+
+def test_what_one_run_costs_is_the_difference_of_two(tmp_path, monkeypatch):
+    said = {"1": "==7== I   refs:      1,000,500", "2": "==7== I   refs:      1,900,501"}
+    code = [0]
+
+    def run(command, **options):
+        assert "cachegrind" in " ".join(command) and options["env"]["OMP_NUM_THREADS"] == "1"
+        return subprocess.CompletedProcess(command, code[0], "", said[command[-1]])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert instructions.count(tmp_path, tmp_path / "module.so") == 900_001
+    code[0] = 1
+    with pytest.raises(RuntimeError, match="valgrind ended with 1"):
+        instructions.count(tmp_path, tmp_path / "module.so")
 
 
 @pytest.mark.skipif(native.why_missing() is not None, reason=native.why_missing() or "built")

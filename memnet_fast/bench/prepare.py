@@ -31,7 +31,7 @@ class Preparation:
     def __init__(self, net: MemNet, folder: Path, variants: Sequence[Variant], cache: Path | None = None) -> None:
         self._folder, self._kept = folder, Kept(cache, net)
         self._failed: dict[str, str] = {}
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         kinds = {kind for v in variants if not v.missing() for kind in v.files}
         save_weights(net, folder / _WEIGHTS)
         if "onnx" in kinds:
