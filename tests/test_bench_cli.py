@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import networks
-from support.ending import ended_in_the_middle
+from support.ending import ENDLESS, ended_in_the_middle
 
 from memnet_fast import cli
 from memnet_fast.bench import facts, measure
@@ -218,7 +218,8 @@ def test_a_signal_leaves_nothing_behind(model, tmp_path):
     """In the middle of the rounds: no file, no temporary folder, no process."""
     (tmp_path / "tmp").mkdir()
     words = ["--sizes", "9x11", "--backends", "torch", "--peers", "eager channels_last", "--threads", "1", "--seconds", "600"]
-    command = [sys.executable, "-m", "memnet_fast.cli", "bench", "-n", model, *words, "--json", str(tmp_path / "r.json")]
+    code = ENDLESS + "from memnet_fast.cli import main; main()"
+    command = [sys.executable, "-c", code, "bench", "-n", model, *words, "--json", str(tmp_path / "r.json")]
     code, said, children = ended_in_the_middle(command, signal.SIGTERM, "rounds of", tmp_path / "tmp")
     assert code == 143 and children
     assert not (tmp_path / "r.json").exists() and not list((tmp_path / "tmp").iterdir())

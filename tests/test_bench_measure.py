@@ -157,8 +157,8 @@ def test_where_memory_is_short_variants_run_one_by_one(staged, net, monkeypatch)
         return made
 
     monkeypatch.setattr(measure.Session, "start", counted)
-    for free, together in ((4.1, {"subject", "one", "two"}), (4.0, {"subject", "two"}), (None, {"subject", "two"})):
-        monkeypatch.setattr(measure, "_available_mib", lambda free=free: free)
+    for free, together in ((4.1, {"subject", "one", "two"}), (4.0, {"subject", "two"})):
+        monkeypatch.setattr(measure, "available_bytes", lambda device, free=free: int(free * 2**20))
         rows = measure.forward(session, "2x21x26", SHAPE, 0.0)
         assert [r["ratio"] for r in rows] == [1.0, 3.0, 3.0] and not alive
         assert seen[-1] == together, free

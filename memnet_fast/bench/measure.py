@@ -21,6 +21,7 @@ from memnet_fast.bench.peers import Variant
 from memnet_fast.bench.prepare import Preparation
 from memnet_fast.bench.process import Process, VariantFailed
 from memnet_fast.reference import MemNet
+from memnet_fast.restore.tiling import available_bytes
 
 
 @dataclass
@@ -222,12 +223,13 @@ def forward(
                     else:
                         process.close()
                         add(variant, row)
+                if not running:
+                    continue
                 part = seconds * len(running) / possible
                 if until is not None:
                     left = until - time.monotonic() - starts.mean() * len(waiting)
-                    part = left * len(running) / (len(running) + len(waiting)) if running else 0.0
-                if running:
-                    session.tell(f"{size}: rounds of {', '.join(r.variant.name for r in running)}")
+                    part = left * len(running) / (len(running) + len(waiting))
+                session.tell(f"{size}: rounds of {', '.join(r.variant.name for r in running)}")
                 try:
                     _time_all(first, subject, running, part)
                 finally:
@@ -257,19 +259,9 @@ class _Starts:
 def _room(session: Session, running: Sequence[_Running]) -> bool:
     """Whether another process may be started beside these: on a CPU, where it may become twice as large as the largest."""
     peaks = [r.row.get("peak_mib") for r in running]
-    free = _available_mib()
-    if session.device != "cpu" or free is None or any(peak is None for peak in peaks):
+    if session.device != "cpu" or any(peak is None for peak in peaks):
         return False
-    return free > 2 * max(peak for peak in peaks if peak is not None)
-
-
-def _available_mib() -> float | None:
-    """Memory that this machine could still give away; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return available_bytes(torch.device("cpu")) / 2**20 > 2 * max(peak for peak in peaks if peak is not None)
 
 
 def _memory_of(process: Process, row: dict[str, Any]) -> dict[str, Any]:

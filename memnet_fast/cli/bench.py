@@ -25,7 +25,7 @@ _MANY_THREADS = 8
 @click.option(
     "--sizes",
     metavar="LIST",
-    help="256, 480x640, 16x64x64, 1080p, 4k; default: 256, on less than 8 CPUs 128, on a GPU 256,1080p.",
+    help="256, 480x640, 16x64x64, 1080p, 4k; default: 256, on fewer than 8 threads 128, on a GPU 256,1080p.",
 )
 @click.option("--backends", default="auto", metavar="LIST", help="auto, all, or names: cpu, cuda, triton, torch.")
 @click.option(
