@@ -96,8 +96,9 @@ def roofline(results: Results) -> bytes | None:
     """From the newest stored profile (`memnet profile --json`, profile*.json): FLOP per byte against GFLOP/s."""
     from matplotlib.figure import Figure
 
-    found = sorted(results.folder.glob("profile*.json"))
-    data = json.loads(found[-1].read_text()) if found else {}
+    # Other files about profiling lie beside them.
+    stored = [json.loads(path.read_text()) for path in sorted(results.folder.glob("profile*.json"))]
+    data = ([d for d in stored if d.get("rows") and d.get("ceilings")] or [{}])[-1]
     rows = [r for r in data.get("rows", []) if r.get("gb") and r.get("executed_gflop")]
     ceilings = data.get("ceilings") or []
     if not rows or not ceilings:

@@ -407,6 +407,7 @@ def test_plots_of_everything(results):
     profiled = {"name": "gate, 7", "ms": 20.0, "share": 0.3, "executed_gflop": 3.7, "gb": 0.13}
     ceilings = [{"flops": 2.3e11, "bytes": 4e10}]
     (folder / "profile.json").write_text(json.dumps({"backend": "cpu", "ceilings": ceilings, "rows": [profiled]}))
+    (folder / "profile_overhead.json").write_text(json.dumps({"about": {}, "off_cpu": {"median": 1.0}}))
     plots.draw(load())
     made = {p.stem: p.read_bytes() for p in folder.glob("*.png")}
     assert set(made) == set(report.PLOTS) and all(data[:4] == b"\x89PNG" and len(data) < 200_000 for data in made.values())
