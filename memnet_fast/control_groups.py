@@ -33,17 +33,24 @@ def folders(controller: str) -> tuple[Path, ...]:
     return tuple(folder for folder in found if folder.is_dir())
 
 
+@cache
+def _quotas() -> tuple[tuple[Path, ...], ...]:
+    """Files that hold a quota and its period, together or apart. They are read in every call, so only those that are there."""
+    kinds = (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+    groups = (tuple(folder / name for name in names) for folder in folders("cpu") for names in kinds)
+    return tuple(files for files in groups if files[0].exists())
+
+
 def granted_cpus() -> int:
     """CPUs that the groups grant, rounded up; a large number where there is no limit."""
     granted = 1 << 20
-    for folder in folders("cpu"):
-        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-            try:
-                quota, period = (int(word) for name in names for word in (folder / name).read_text().split())
-            except (OSError, ValueError):  # absent, or "max"
-                continue
-            if quota > 0 and period > 0:
-                granted = min(granted, math.ceil(quota / period))
+    for files in _quotas():
+        try:
+            quota, period = (int(word) for file in files for word in file.read_text().split())
+        except (OSError, ValueError):  # gone, or "max"
+            continue
+        if quota > 0 and period > 0:
+            granted = min(granted, math.ceil(quota / period))
     return granted
 
 

@@ -20,10 +20,15 @@ from memnet_fast.backends import cpu
 def root(monkeypatch, tmp_path):
     """The folder that stands for / when control groups are looked for."""
     monkeypatch.setattr(control_groups, "Path", lambda text: tmp_path / text.lstrip("/"))
-    control_groups.folders.cache_clear()
+    _look_again()
     (tmp_path / "proc/self").mkdir(parents=True)
     yield tmp_path
-    control_groups.folders.cache_clear()
+    _look_again()
+
+
+def _look_again():
+    for known in (control_groups.folders, control_groups._quotas):
+        known.cache_clear()
 
 
 @pytest.fixture
