@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import uuid
 import weakref
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from torch.autograd import forward_ad
 
 from memnet_fast import backends, engine, ops
 from memnet_fast.errors import BackendUnavailable, InputError
-from memnet_fast.plan import batch_norm_eps, lower, require_plain, require_structure
+from memnet_fast.plan import batch_norm_eps, require_plain, require_structure
 from memnet_fast.reference import MemNet, check_input
 from memnet_fast.watch import Watch
 
@@ -28,7 +27,8 @@ def fuse(net: nn.Module, backend: str = "auto", precision: str = "auto", algorit
     backend: "auto", "cuda", "triton", "cpu", "torch". precision: "auto", "fp32", "tf32", "bf16", "fp16", "fp8"; cpu
     computes in fp32, with AVX512-BF16 also in bf16; cuda in fp16 and bf16, on Hopper fp8. fp8 takes its scales from the running
     statistics: the weights must be loaded before, and a small test image, restored on the CPU in fp8 and float32, shows
-    whether they fit.
+    whether they fit; at the first call after a change of the weights it is asked again (the backend cuda, which does not read
+    values, misses changes through `parameter.data`).
     algorithm: "auto", "winograd" or "direct", for the 3x3 convolutions of the CPU backend.
     Puts `net` into eval mode. Raises InputError for what is not a plain MemNet, BackendUnavailable (with the reason) for a
     request that cannot be met.
@@ -38,23 +38,6 @@ def fuse(net: nn.Module, backend: str = "auto", precision: str = "auto", algorit
     if not isinstance(net, MemNet):
         raise InputError(f"only a MemNet can be fused, not {type(net).__name__}")
     return FusedMemNet(net, backend, precision, algorithm)
-
-
-def _require_fp8(reference: MemNet, backend: str) -> None:
-    """Raises BackendUnavailable where e4m3 with scales from the running statistics cannot stand for this network."""
-    if reference.first.conv.weight.device.type == "meta":
-        raise BackendUnavailable(backend, "fp8 takes its scales from the running statistics, and on meta there are none")
-    backends.cpu.spare_lost_threads()
-    limit = backends.torch.FP8_ERROR_LIMIT
-    error = backends.torch.fp8_error(lower(reference))
-    # Also for NaN.
-    if not error <= limit:
-        amount = f"wrong by {error:.1%} of what this network changes about a test image (limit {limit:.0%})"
-        raise BackendUnavailable(
-            backend,
-            f"fp8 is {'not finite for a test image' if math.isnan(error) else amount}: scales follow from the running "
-            "statistics, and these do not describe the network; load its weights before fuse(), or take fp16",
-        )
 
 
 # What intercepts operators (a tracer, torch.func, a dispatch mode, fake tensors) adds a key of its own to these.
@@ -105,7 +88,11 @@ class FusedMemNet(nn.Module):
         self._attach()
         choice = self._choice()
         if choice.precision == "fp8":
-            _require_fp8(reference, choice.backend)
+            if self._device().type == "meta":
+                reason = "fp8 takes its scales from the running statistics, and on meta there are none"
+                raise BackendUnavailable(choice.backend, reason)
+            # Looks at the weights, now and at the first call after they changed.
+            engine.engine(self._spec).packed(self._state())
 
     def _attach(self) -> None:
         owner = uuid.uuid4().hex

@@ -70,6 +70,34 @@ def test_networks_agree_with_the_policy_matched_reference(twin, name, precision,
     assert float(error) <= 1.25 * float(allowed) + 1e-7
 
 
+def test_fp8_looks_at_weights_that_come_later(twin, monkeypatch):
+    """They are read only where they lie elsewhere or autograd saw them change; under capture that cannot be done."""
+    errors = []
+    monkeypatch.setattr(reference, "fp8_error", lambda plan: errors.append(float(plan.weights["first.shift"].sum())) or wrong)
+    wrong = 0.04
+    fast = mf.fuse(networks.build(SMALL), backend="cuda", precision="fp8")
+    x = networks.image(1, 1, 5, 6)
+    expected = fast(x)
+    assert len(errors) == 1, "the call knows the answer of fuse"
+    wrong = 0.06
+    assert torch.equal(fast(x), expected) and len(errors) == 1
+    other = networks.build(SMALL, seed=5).state_dict()
+    fast.reference.load_state_dict(other)
+    with monkeypatch.context() as m:
+        m.setattr(engine, "capturing", lambda device: True)
+        with pytest.raises(mf.InputError, match="call the network once before the capture"):
+            fast(x)
+    for _ in range(2):
+        with pytest.raises(mf.BackendUnavailable, match="fp8 is wrong by 6.0%.*running statistics"):
+            fast(x)
+    wrong = float("nan")
+    with pytest.raises(mf.BackendUnavailable, match="not finite"):
+        fast(x)
+    wrong = 0.05
+    assert not torch.equal(fast(x), expected)
+    assert torch.equal(fast(x), fast(x)) and len(errors) == 5 and len(set(errors)) == 2
+
+
 @pytest.mark.parametrize("name", ["official", "no_bias", "unshared", "chain"])
 def test_fp8_networks_agree_with_the_reference(twin, name):
     """The same e4m3 operands up to what the order of a float32 sum can change: those few move to a neighbour, a 16th away."""
