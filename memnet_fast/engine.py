@@ -74,6 +74,7 @@ class Engine:
         self.request = (values["backend"], values["precision"], values["algorithm"])
         self.lock = threading.RLock()
         self.replays = Replays()
+        self._device: torch.device | None = None
         self._parameters = Followed()
         self._seen: Values | None = None
         self._seen_at: list[tuple[int, int]] = []
@@ -133,9 +134,23 @@ class Engine:
         backends.torch.require_fp8(self._plan([t.cpu() for t in parameters.tensors]), choice.backend)
         self._fp8_at = at
 
+    def settle(self, device: torch.device) -> None:
+        """The network lies on this device: lets go of packed weights, workspaces and graphs of one that it has left."""
+        with self.lock:
+            if self._device == device:
+                return
+            self._device = device
+            self._parameters, self._packed, self._seen = Followed(), None, None
+            self._seen_at, self._fp8_at = [], []
+            self._live.clear()
+            for key in [key for key in self._free if key[0] != device]:
+                del self._free[key]
+            self.replays.clear()
+
     def _of_device(self, device: torch.device) -> tuple[backends.Choice, backends.Live | None]:
         """The backend for a device, and if it packs weights by itself in each call, what it made of the network."""
         with self.lock:
+            self.settle(device)
             if device not in self._live:
                 choice = backends.choose(self.config, device, *self.request)
                 self._tell(choice, device)
@@ -208,7 +223,8 @@ class Engine:
         finally:
             with self.lock:
                 kept = self._free.get((device, stream))
-                if kept is None or kept.numel() < workspace.numel():
+                # Not where the network has left the device meanwhile.
+                if self._device == device and (kept is None or kept.numel() < workspace.numel()):
                     self._free[device, stream] = workspace
 
     def release(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import uuid
 import weakref
 from collections.abc import Mapping, Sequence
@@ -184,8 +183,16 @@ class FusedMemNet(nn.Module):
             return super().load_state_dict(state_dict, *args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        with engine.engine(self._spec).lock if "_spec" in self.__dict__ else contextlib.nullcontext():
+        if "_spec" not in self.__dict__:
             return super()._apply(fn, recurse)
+        runner = engine.engine(self._spec)
+        with runner.lock:
+            device = self._device()
+            super()._apply(fn, recurse)
+            if self._device() != device:
+                self._watch = None  # it holds buffers
+                runner.settle(self._device())
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, or the other side of a pickle, is a network of its own with an engine of its own.

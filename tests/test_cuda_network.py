@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -335,6 +337,20 @@ def test_compile_export_and_opcheck(fast):
 def replaying(twin, fast):
     _replays(fast).limit = 64
     return fast
+
+
+def test_a_network_that_moves_leaves_no_graph_and_no_parameters_behind(twin, replaying):
+    x = networks.image(1, 1, 5, 6)
+    for _ in range(3):
+        replaying(x)
+    runner = engine.engine(replaying._spec)
+    replaying(networks.image(1, 1, 9, 9))
+    held = [*runner._free.values(), *runner.replays._workspaces.values(), runner._live[CPU][1]._last.parameters]
+    assert len(held) == 3 and runner.replays._entries
+    held = [weakref.ref(kept) for kept in held]
+    replaying.to("meta")
+    gc.collect()
+    assert [ref() for ref in held] == [None] * 3 and not runner.replays._entries and not runner._live
 
 
 def test_the_second_call_is_captured_and_all_later_ones_replay(twin, replaying):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -389,6 +390,60 @@ def test_memory_that_the_network_has_left_is_free(net, x):
     fast(x)
     gc.collect()
     assert not [o for o in gc.get_objects() if type(o) is Parameters and address in o.addresses.tolist()]
+
+
+def _held(runner):
+    """Weak references to the memory that an engine keeps for later calls."""
+    weights = [t for t in vars(runner._packed[1])["weights"].values()]
+    return [weakref.ref(t) for t in (*runner._free.values(), runner._seen._bytes, *weights)]
+
+
+@pytest.mark.parametrize(
+    "move", [lambda fast: fast.to("meta"), lambda fast: nn.Sequential(fast).to("meta")], ids=["it", "around"]
+)
+def test_a_network_that_moves_leaves_nothing_behind(net, x, move):
+    fast = mf.fuse(net, backend="torch")
+    fast(x)
+    held, statistic = _held(engine.engine(fast._spec)), weakref.ref(net.first.bn.running_mean)
+    assert len(held) > 10 and all(ref() is not None for ref in held)
+    fast.double().float()
+    assert engine.engine(fast._spec)._free, "it has not moved"
+    statistic = weakref.ref(net.first.bn.running_mean)
+    fast(x)
+    held += _held(engine.engine(fast._spec))
+    move(fast)
+    gc.collect()
+    assert statistic() is None and not [ref for ref in held if ref() is not None]
+
+
+def test_a_network_whose_reference_moved_leaves_nothing_behind(net, x):
+    """Nobody tells the fused one; its next call finds out."""
+    fast = mf.fuse(net, backend="torch")
+    expected = fast(x)
+    runner, elsewhere = engine.engine(fast._spec), torch.device("cuda", 0)
+    held = _held(runner)
+    # As if that call had been on a GPU.
+    runner._device = elsewhere
+    runner._free = {(elsewhere, 7): runner._free.popitem()[1]}
+    runner._live = {elsewhere: runner._live.popitem()[1]}
+    runner.replays._workspaces[elsewhere, 7] = torch.zeros(5)
+    assert torch.equal(fast(x), expected)
+    assert (
+        list(runner._live) == [x.device] and [key[0] for key in runner._free] == [x.device] and not runner.replays._workspaces
+    )
+    gc.collect()
+    assert not [ref for ref in held if ref() is not None]
+
+
+def test_a_call_that_the_network_leaves_keeps_no_workspace(net, x, monkeypatch):
+    fast = mf.fuse(net, backend="torch")
+    fast(x)
+    runner = engine.engine(fast._spec)
+    kind = type(runner._packed[1])
+    run = kind.run
+    monkeypatch.setattr(kind, "run", lambda *given: (run(*given), fast.to("meta"))[0])
+    fast(x)
+    assert not runner._free and runner._packed is None
 
 
 # Who looks at operators ----------------------------------------------------------------------------------------------
