@@ -506,6 +506,29 @@ def test_gradients_of_two_processes_are_those_of_one_and_different_data_is_notic
     assert "do not see the same training images" in (tmp_path / "refused").read_text()
 
 
+def test_who_inherits_the_environment_of_a_training_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what a training starts, only the processes of Lightning have another rank and the first one as their parent."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    for rank, launcher, expected in (
+        ("1", os.getppid(), os.getppid()),
+        ("1", ended.pid, ended.pid),
+        ("0", os.getppid(), None),
+        (None, os.getppid(), None),
+        ("1", os.getpid(), None),
+        ("1", None, None),
+    ):
+        for name, value in (("LOCAL_RANK", rank), (run._LAUNCHER, launcher)):
+            monkeypatch.delenv(name, raising=False)
+            if value is not None:
+                monkeypatch.setenv(name, str(value))
+        assert run._launcher() == expected, (rank, launcher)
+        before = os.environ.get(run._LAUNCHER)
+        with run._several(2):
+            assert os.environ[run._LAUNCHER] == str(expected or os.getpid()), "its own processes end with it"
+        assert os.environ.get(run._LAUNCHER) == before
+
+
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
