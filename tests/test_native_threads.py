@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.restoring import small_net
@@ -153,6 +154,16 @@ def test_a_call_whose_number_of_threads_changes_in_between(monkeypatch, algorith
     for _ in range(5):
         fast.release_workspace()
         assert torch.equal(fast(x).nan_to_num(7), expected.nan_to_num(7))
+
+
+@pytest.mark.skipif(native.why_missing() is not None, reason="needs the native module")
+@pytest.mark.parametrize("threads", [0, -1, 1025, 2**31 - 1])
+def test_a_wrong_number_is_refused_before_anything_is_made_for_it(threads):
+    module = native.module()
+    operations = np.zeros(40, module.op_dtype)
+    for run in (module.run, module.run_timed):
+        with pytest.raises(ValueError, match="threads must be in 1..1024"):
+            run(operations, 1, 5, 5, 1, 1, 16, 2, 64, 1 << 20, 64, 64, "direct", "auto", threads)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists() or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two CPUs")
