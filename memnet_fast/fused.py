@@ -131,7 +131,9 @@ class FusedMemNet(nn.Module):
 
     def workspace_bytes(self, n: int, h: int, w: int) -> int:
         """Bytes of workspace that a call with [n, C_in, h, w] needs (a large batch is computed in several passes)."""
-        choice, packed = engine.engine(self._spec).packed(self._state())
+        with engine.engine(self._spec).lock:
+            _, state = self._look()
+        choice, packed = engine.engine(self._spec).packed(state)
         return engine.workspace_bytes(packed, n, h, w, choice.backend)
 
     def release_workspace(self) -> None:
@@ -145,6 +147,9 @@ class FusedMemNet(nn.Module):
         state: Sequence[Tensor]
         if compiling:
             require_plain(self.reference)
+            # What `_look` does then cannot be traced.
+            if self._attached_to != (self.config, batch_norm_eps(self.reference)):
+                raise InputError("an eps of the network has changed; call it once before it is compiled")
             trained, state = any(m.training for m in self.modules()), self._state()
         else:
             # Under the lock of load_state_dict and to(), which may put one tensor after the other in place of the old.

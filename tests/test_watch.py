@@ -382,6 +382,19 @@ def test_a_network_that_is_collected_while_an_engine_is_made(net, x, monkeypatch
     assert len(results) == 1 and spec not in engine._engines
 
 
+def test_the_workspace_is_that_of_the_network_as_it_is_now(net):
+    fast = mf.fuse(net)
+    fast.workspace_bytes(1, 7, 6)
+    wider = networks.build(MemNetConfig(channels=40, num_memory_blocks=3, num_recursions=2))
+    expected = mf.fuse(wider).workspace_bytes(1, 7, 6)
+    assert fast.workspace_bytes(1, 7, 6) < expected
+    fast.reference = wider
+    assert fast.workspace_bytes(1, 7, 6) == expected
+    wider.recon = nn.Conv2d(40, 1, 3, padding=1, stride=2)
+    with pytest.raises(mf.InputError):
+        fast.workspace_bytes(1, 7, 6)
+
+
 def test_memory_that_the_network_has_left_is_free(net, x):
     fast = mf.fuse(net, backend="torch")
     fast(x)
