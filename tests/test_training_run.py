@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -507,26 +508,23 @@ def test_gradients_of_two_processes_are_those_of_one_and_different_data_is_notic
 
 
 def test_who_inherits_the_environment_of_a_training_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what a training starts, only the processes of Lightning have another rank and the first one as their parent."""
-    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
-        pass
-    for rank, launcher, expected in (
-        ("1", os.getppid(), os.getppid()),
-        ("1", ended.pid, ended.pid),
-        ("0", os.getppid(), None),
-        (None, os.getppid(), None),
-        ("1", os.getpid(), None),
-        ("1", None, None),
-    ):
+    """Of what a training starts, only the processes of Lightning have its id and another rank than the first one."""
+    parent, own = str(os.getppid()), str(os.getpid())
+    for rank, launcher, launched in (("1", parent, True), ("0", parent, False), (None, parent, False), ("1", None, False)):
         for name, value in (("LOCAL_RANK", rank), (run._LAUNCHER, launcher)):
             monkeypatch.delenv(name, raising=False)
             if value is not None:
-                monkeypatch.setenv(name, str(value))
-        assert run._launcher() == expected, (rank, launcher)
-        before = os.environ.get(run._LAUNCHER)
-        with run._several(2):
-            assert os.environ[run._LAUNCHER] == str(expected or os.getpid()), "its own processes end with it"
-        assert os.environ.get(run._LAUNCHER) == before
+                monkeypatch.setenv(name, value)
+        before = set(threading.enumerate())
+        with run._ending_with_launcher():
+            watching = set(threading.enumerate()) - before
+            assert len(watching) == launched, (rank, launcher)
+            assert not launched or run._LAUNCHER not in os.environ, "handed on to what this process starts"
+            with run._several(2):
+                assert os.environ.get(run._LAUNCHER) == (None if rank == "1" else own)
+        assert os.environ.get(run._LAUNCHER) == launcher
+        for thread in watching:
+            thread.join(60)
 
 
 def _free_port() -> int:

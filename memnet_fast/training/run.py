@@ -169,21 +169,10 @@ def train(
 
 
 def _launcher() -> int | None:
-    """The process that started this one as a part of its training. What a process of a training starts for another purpose
-    (a training of its own, say) inherits the environment and nothing else."""
+    """The process that started this one as a part of its training. What the first process starts for another purpose inherits
+    its environment, and in there the rank 0."""
     text = os.environ.get(_LAUNCHER)
-    if text is None or os.environ.get("LOCAL_RANK", "0") == "0":
-        return None
-    launcher = int(text)
-    if os.getppid() == launcher:
-        return launcher
-    try:
-        os.kill(launcher, 0)
-    except ProcessLookupError:
-        return launcher  # it has ended already
-    except PermissionError:
-        pass
-    return None
+    return None if text is None or os.environ.get("LOCAL_RANK", "0") == "0" else int(text)
 
 
 @contextlib.contextmanager
@@ -203,10 +192,13 @@ def _ending_with_launcher() -> Iterator[threading.Event]:
 
     if launcher is not None:
         threading.Thread(target=watch, args=(launcher,), daemon=True).start()
+        del os.environ[_LAUNCHER]  # what this process starts for another purpose has nothing to do with it
     try:
         yield ending
     finally:
         ending.set()
+        if launcher is not None:
+            os.environ[_LAUNCHER] = str(launcher)
 
 
 @contextlib.contextmanager
@@ -218,7 +210,8 @@ def _several(world: int) -> Iterator[None]:
     # Lightning says there which process ended before it ends the others, and what it ends says nothing any more.
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     before = os.environ.get(_LAUNCHER)
-    if _launcher() is None:
+    # The first process, whose environment Lightning hands on to the others.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         os.environ[_LAUNCHER] = str(os.getpid())
     try:
         yield
