@@ -116,7 +116,9 @@ PYBIND11_MODULE(_native, m) {
          std::int64_t cp, std::int64_t num_slots, std::uint64_t workspace_ptr, std::int64_t workspace_bytes,
          std::uint64_t image_ptr, std::uint64_t out_ptr, const std::string &algorithm, const std::string &isa,
          int threads) {
-        Timed times({static_cast<py::ssize_t>(ops.size()), static_cast<py::ssize_t>(threads > 0 ? threads : 0) + 1});
+        // Refuses what run() would refuse, before an array of so many threads is made.
+        memnet::workspace_bytes({n, h, w, cin, cout, cp, num_slots}, memnet::parse_algorithm(algorithm), isa, threads);
+        Timed times({static_cast<py::ssize_t>(ops.size()), static_cast<py::ssize_t>(threads) + 1});
         std::memset(times.mutable_data(), 0, static_cast<std::size_t>(times.nbytes()));
         run_plan(ops, {n, h, w, cin, cout, cp, num_slots}, workspace_ptr, workspace_bytes, image_ptr, out_ptr,
                  algorithm, isa, threads, times.mutable_data());

@@ -44,9 +44,11 @@ def jpeg(image: Tensor, quality: int | Tensor) -> Tensor:
     image: [..., H, W] float in [0, 1]; it is clipped and rounded to 8 bits first. quality: 1..100 on libjpeg's scale, a whole
     number or a tensor of them that broadcasts against image with 1 for H and W ([N, 1, 1, 1] for a batch). Same shape, dtype
     and device out; values are multiples of 1/255. Encoded on the CPU, by Pillow. Raises InputError for other qualities,
-    dtypes and for images without pixels.
+    dtypes, for images without pixels and for NaN, which no file holds.
     """
     levels, qualities = _jpeg_arguments(image, quality)
+    if bool(levels.isnan().any()):
+        raise InputError("the image holds NaN, which no JPEG can hold")
     planes, each = levels.to("cpu", torch.uint8).numpy(), qualities.tolist()
     result = np.empty(planes.shape, np.uint8)
     for plane, out, q in zip(planes, result, each, strict=True):
@@ -62,7 +64,8 @@ def jpeg_blocks(image: Tensor, quality: int | Tensor) -> Tensor:
 
     Quantised blocks of 8 x 8, the last row and column repeated to fill the last ones, with the roundings of libjpeg; its
     transform is one of integers, this one is exact, so that a coefficient near the middle between two steps may fall to the
-    other side. Arguments, result and errors are those of `jpeg`.
+    other side. Arguments, result and errors are those of `jpeg`, but for NaN, for which a GPU would have to be waited for: its
+    block becomes NaN as a whole.
     """
     levels, qualities = _jpeg_arguments(image, quality)
     (count, h, w), device = levels.shape, levels.device

@@ -18,8 +18,8 @@ from memnet_fast.backends.cuda_graphs import Replays, capturing
 from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import DeviceOOM, InputError
 from memnet_fast.memory import empty, empty_to_keep, short_memory
-from memnet_fast.parameters import Followed, Values
-from memnet_fast.plan import lower_state
+from memnet_fast.parameters import Followed, Parameters, Values
+from memnet_fast.plan import FusedPlan, lower_state
 from memnet_fast.reference import MemNet
 
 _log = logging.getLogger("memnet_fast")
@@ -74,9 +74,11 @@ class Engine:
         self.request = (values["backend"], values["precision"], values["algorithm"])
         self.lock = threading.RLock()
         self.replays = Replays()
+        self._device: torch.device | None = None
         self._parameters = Followed()
         self._seen: Values | None = None
         self._seen_at: list[tuple[int, int]] = []
+        self._fp8_at: list[tuple[int, int]] = []
         self._packed: tuple[backends.Choice, backends.Packed] | None = None
         self._live: dict[torch.device, tuple[backends.Choice, backends.Live | None]] = {}
         self._told: backends.Choice | None = None
@@ -86,7 +88,8 @@ class Engine:
         """The backend, and the weights as it wants them; packed now, or packed before from the very same values.
 
         Values are compared, not version counters: `parameter.data.mul_(2)` changes no counter.
-        Raises InputError where that would have to wait for a GPU whose stream is being captured.
+        Raises InputError where that would have to wait for a GPU whose stream is being captured, and BackendUnavailable for
+        precision "fp8" where the weights are new and do not fit it.
         """
         backends.cpu.spare_lost_threads()
         with self.lock:
@@ -94,6 +97,8 @@ class Engine:
             device = parameters.device
             choice, live = self._of_device(device)
             if live is not None:
+                if choice.precision == "fp8":
+                    self._look_at_fp8(choice, parameters, _fingerprint(state))
                 return choice, live.bind(parameters)
             if capturing(device):
                 if self._packed is None or self._seen_at != _fingerprint(state):
@@ -105,16 +110,47 @@ class Engine:
             if self._packed is None or self._seen is None or not self._seen.are_in(parameters):
                 # A copy, and packed is the copy: another thread may change the parameters meanwhile, and change them back.
                 seen = Values(parameters)
-                plan = lower_state(self.config, dict(zip(state_names(self.config), seen.tensors(), strict=True)), self.eps)
+                plan = self._plan(seen.tensors())
+                if choice.precision == "fp8":
+                    backends.torch.require_fp8(plan, choice.backend)
                 module = backends.LADDER[choice.backend]
                 self._packed = choice, module.pack(plan, device, choice.precision, choice.algorithm)
                 self._seen = seen
             self._seen_at = _fingerprint(state) if device.type == "cuda" else []
             return self._packed
 
+    def _plan(self, tensors: Sequence[Tensor]) -> FusedPlan:
+        return lower_state(self.config, dict(zip(state_names(self.config), tensors, strict=True)), self.eps)
+
+    def _look_at_fp8(self, choice: backends.Choice, parameters: Parameters, at: list[tuple[int, int]]) -> None:
+        """Whether weights that the host does not read fit fp8; read only where their fingerprint is a new one."""
+        if at == self._fp8_at:
+            return
+        if capturing(parameters.device):
+            raise InputError(
+                "fp8 looks at new weights on the host, which a stream under capture forbids; "
+                "call the network once before the capture"
+            )
+        backends.torch.require_fp8(self._plan([t.cpu() for t in parameters.tensors]), choice.backend)
+        self._fp8_at = at
+
+    def settle(self, device: torch.device) -> None:
+        """The network lies on this device: lets go of packed weights, workspaces and graphs of one that it has left."""
+        with self.lock:
+            if self._device == device:
+                return
+            self._device = device
+            self._parameters, self._packed, self._seen = Followed(), None, None
+            self._seen_at, self._fp8_at = [], []
+            self._live.clear()
+            for key in [key for key in self._free if key[0] != device]:
+                del self._free[key]
+            self.replays.clear()
+
     def _of_device(self, device: torch.device) -> tuple[backends.Choice, backends.Live | None]:
         """The backend for a device, and if it packs weights by itself in each call, what it made of the network."""
         with self.lock:
+            self.settle(device)
             if device not in self._live:
                 choice = backends.choose(self.config, device, *self.request)
                 self._tell(choice, device)
@@ -187,7 +223,8 @@ class Engine:
         finally:
             with self.lock:
                 kept = self._free.get((device, stream))
-                if kept is None or kept.numel() < workspace.numel():
+                # Not where the network has left the device meanwhile.
+                if self._device == device and (kept is None or kept.numel() < workspace.numel()):
                     self._free[device, stream] = workspace
 
     def release(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import uuid
 import weakref
 from collections.abc import Mapping, Sequence
@@ -15,7 +13,7 @@ from torch.autograd import forward_ad
 
 from memnet_fast import backends, engine, ops
 from memnet_fast.errors import BackendUnavailable, InputError
-from memnet_fast.plan import batch_norm_eps, lower, require_plain, require_structure
+from memnet_fast.plan import batch_norm_eps, require_plain, require_structure
 from memnet_fast.reference import MemNet, check_input
 from memnet_fast.watch import Watch
 
@@ -28,7 +26,8 @@ def fuse(net: nn.Module, backend: str = "auto", precision: str = "auto", algorit
     backend: "auto", "cuda", "triton", "cpu", "torch". precision: "auto", "fp32", "tf32", "bf16", "fp16", "fp8"; cpu
     computes in fp32, with AVX512-BF16 also in bf16; cuda in fp16 and bf16, on Hopper fp8. fp8 takes its scales from the running
     statistics: the weights must be loaded before, and a small test image, restored on the CPU in fp8 and float32, shows
-    whether they fit.
+    whether they fit; at the first call after a change of the weights it is asked again (the backend cuda, which does not read
+    values, misses changes through `parameter.data`).
     algorithm: "auto", "winograd" or "direct", for the 3x3 convolutions of the CPU backend.
     Puts `net` into eval mode. Raises InputError for what is not a plain MemNet, BackendUnavailable (with the reason) for a
     request that cannot be met.
@@ -38,23 +37,6 @@ def fuse(net: nn.Module, backend: str = "auto", precision: str = "auto", algorit
     if not isinstance(net, MemNet):
         raise InputError(f"only a MemNet can be fused, not {type(net).__name__}")
     return FusedMemNet(net, backend, precision, algorithm)
-
-
-def _require_fp8(reference: MemNet, backend: str) -> None:
-    """Raises BackendUnavailable where e4m3 with scales from the running statistics cannot stand for this network."""
-    if reference.first.conv.weight.device.type == "meta":
-        raise BackendUnavailable(backend, "fp8 takes its scales from the running statistics, and on meta there are none")
-    backends.cpu.spare_lost_threads()
-    limit = backends.torch.FP8_ERROR_LIMIT
-    error = backends.torch.fp8_error(lower(reference))
-    # Also for NaN.
-    if not error <= limit:
-        amount = f"wrong by {error:.1%} of what this network changes about a test image (limit {limit:.0%})"
-        raise BackendUnavailable(
-            backend,
-            f"fp8 is {'not finite for a test image' if math.isnan(error) else amount}: scales follow from the running "
-            "statistics, and these do not describe the network; load its weights before fuse(), or take fp16",
-        )
 
 
 # What intercepts operators (a tracer, torch.func, a dispatch mode, fake tensors) adds a key of its own to these.
@@ -105,7 +87,11 @@ class FusedMemNet(nn.Module):
         self._attach()
         choice = self._choice()
         if choice.precision == "fp8":
-            _require_fp8(reference, choice.backend)
+            if self._device().type == "meta":
+                reason = "fp8 takes its scales from the running statistics, and on meta there are none"
+                raise BackendUnavailable(choice.backend, reason)
+            # Looks at the weights, now and at the first call after they changed.
+            engine.engine(self._spec).packed(self._state())
 
     def _attach(self) -> None:
         owner = uuid.uuid4().hex
@@ -145,7 +131,9 @@ class FusedMemNet(nn.Module):
 
     def workspace_bytes(self, n: int, h: int, w: int) -> int:
         """Bytes of workspace that a call with [n, C_in, h, w] needs (a large batch is computed in several passes)."""
-        choice, packed = engine.engine(self._spec).packed(self._state())
+        with engine.engine(self._spec).lock:
+            _, state = self._look()
+        choice, packed = engine.engine(self._spec).packed(state)
         return engine.workspace_bytes(packed, n, h, w, choice.backend)
 
     def release_workspace(self) -> None:
@@ -159,6 +147,9 @@ class FusedMemNet(nn.Module):
         state: Sequence[Tensor]
         if compiling:
             require_plain(self.reference)
+            # What `_look` does then cannot be traced.
+            if self._attached_to != (self.config, batch_norm_eps(self.reference)):
+                raise InputError("an eps of the network has changed; call it once before it is compiled")
             trained, state = any(m.training for m in self.modules()), self._state()
         else:
             # Under the lock of load_state_dict and to(), which may put one tensor after the other in place of the old.
@@ -197,8 +188,16 @@ class FusedMemNet(nn.Module):
             return super().load_state_dict(state_dict, *args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        with engine.engine(self._spec).lock if "_spec" in self.__dict__ else contextlib.nullcontext():
+        if "_spec" not in self.__dict__:
             return super()._apply(fn, recurse)
+        runner = engine.engine(self._spec)
+        with runner.lock:
+            device = self._device()
+            super()._apply(fn, recurse)
+            if self._device() != device:
+                self._watch = None  # it holds buffers
+                runner.settle(self._device())
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, or the other side of a pickle, is a network of its own with an engine of its own.

@@ -99,6 +99,19 @@ def test_t40_compiled_networks_notice_changed_weights(x):
     assert torch.equal(compiled(x), mf.fuse(net)(x))
 
 
+def test_t40_compiled_networks_notice_a_changed_eps(x):
+    """The program stops, and asks for the call that looks at the network anew."""
+    net = networks.build(networks.SMALL)
+    fast = mf.fuse(net)
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    before = compiled(x)
+    net.blocks[0].bn_a[0].eps = 0.5
+    with pytest.raises(Exception, match="call it once|InputError"):
+        compiled(x)
+    expected = fast(x)
+    assert torch.equal(compiled(x), expected) and not torch.equal(expected, before)
+
+
 def test_t64_hooks_stop_a_compilation(x):
     net = networks.build(networks.SMALL)
     fast = mf.fuse(net)

@@ -262,7 +262,7 @@ def test_networks_without_weights_are_of_a_sane_size():
 
 
 def test_cpus_are_those_that_the_control_group_grants(monkeypatch):
-    monkeypatch.setattr(cpu, "_cgroup_cpus", lambda: 1)
+    monkeypatch.setattr(cpu, "granted_cpus", lambda: 1)
     assert facts.cpu()["cpus"] == 1
 
 

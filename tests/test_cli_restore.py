@@ -127,7 +127,7 @@ def test_missing_weights_are_said_in_one_line(run, monkeypatch, tmp_path):
 
 
 def test_the_flags_of_real_esrgan(run):
-    """-i -o -n -s -t -g -j -x -f, as its users type them; -g 7 is a GPU that is not here."""
+    """-i -o -n -s -t -g -j -x -f, as its users type them; -g 99 is a GPU that no machine has."""
     draw("in/a.jpg", "in/b.png", shape=(20, 30, 3))
     flags = ["-i", "in", "-o", "out", "-n", "net", "-s", "2", "-t", "32", "-j", "1:2:2", "-x", "-f", "png"]
     assert run("sr", *flags, "-g", "-1", "--log", "run.json")[0] == 0
@@ -136,8 +136,8 @@ def test_the_flags_of_real_esrgan(run):
     assert np.array_equal(pixels("out/b.png"), expected)
     stages = log()["stages"]
     assert [stages[name]["threads"] for name in ("decode", "network", "encode")] == [1, 2, 2]
-    code, _, err = run("sr", *flags, "-g", "7", "--existing", "overwrite")
-    assert code == 5 and "device cuda:7 does not exist" in err
+    code, _, err = run("sr", *flags, "-g", "99", "--existing", "overwrite")
+    assert code == 5 and "device cuda:99 does not exist" in err
 
 
 def test_the_lists_of_real_esrgan_for_several_gpus(run):
@@ -145,8 +145,8 @@ def test_the_lists_of_real_esrgan_for_several_gpus(run):
     draw("a.png", shape=(40, 50))
     assert run("denoise", "-i", "a.png", "-o", "b.png", "-n", "net", "-g", "auto", "-t", "32,32", "--log", "run.json")[0] == 0
     assert log()["options"]["gpu"] is None and log()["options"]["tile"] == 32 and log()["files"][0]["windows"] > 1
-    code, _, err = run("denoise", "-i", "a.png", "-o", "c.png", "-n", "net", "-g", "7,8", "-j", "1:1,2:2", "-t", "0,0")
-    assert code == 5 and "device cuda:7 does not exist" in err
+    code, _, err = run("denoise", "-i", "a.png", "-o", "c.png", "-n", "net", "-g", "98,99", "-j", "1:1,2:2", "-t", "0,0")
+    assert code == 5 and "device cuda:98 does not exist" in err
     assert Threads.parse("1:1,2:2").of_devices(2) == (1, 2) and Threads.parse("1:3:2").of_devices(2) == (3, 3)
     assert str(Threads.parse("1:1,2:2")) == "1:1,2:2" and str(Threads.parse("4:3:2")) == "4:3:2"
 

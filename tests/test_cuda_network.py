@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -68,6 +70,34 @@ def test_networks_agree_with_the_policy_matched_reference(twin, name, precision,
     exact.run(x.double(), oracle, torch.empty(exact.workspace_bytes(2, 7, 9), dtype=torch.uint8))
     error, allowed = (out - oracle).square().mean().sqrt(), (same_rounding - oracle).square().mean().sqrt()
     assert float(error) <= 1.25 * float(allowed) + 1e-7
+
+
+def test_fp8_looks_at_weights_that_come_later(twin, monkeypatch):
+    """They are read only where they lie elsewhere or autograd saw them change; under capture that cannot be done."""
+    errors = []
+    monkeypatch.setattr(reference, "fp8_error", lambda plan: errors.append(float(plan.weights["first.shift"].sum())) or wrong)
+    wrong = 0.04
+    fast = mf.fuse(networks.build(SMALL), backend="cuda", precision="fp8")
+    x = networks.image(1, 1, 5, 6)
+    expected = fast(x)
+    assert len(errors) == 1, "the call knows the answer of fuse"
+    wrong = 0.06
+    assert torch.equal(fast(x), expected) and len(errors) == 1
+    other = networks.build(SMALL, seed=5).state_dict()
+    fast.reference.load_state_dict(other)
+    with monkeypatch.context() as m:
+        m.setattr(engine, "capturing", lambda device: True)
+        with pytest.raises(mf.InputError, match="call the network once before the capture"):
+            fast(x)
+    for _ in range(2):
+        with pytest.raises(mf.BackendUnavailable, match="fp8 is wrong by 6.0%.*running statistics"):
+            fast(x)
+    wrong = float("nan")
+    with pytest.raises(mf.BackendUnavailable, match="not finite"):
+        fast(x)
+    wrong = 0.05
+    assert not torch.equal(fast(x), expected)
+    assert torch.equal(fast(x), fast(x)) and len(errors) == 5 and len(set(errors)) == 2
 
 
 @pytest.mark.parametrize("name", ["official", "no_bias", "unshared", "chain"])
@@ -307,6 +337,20 @@ def test_compile_export_and_opcheck(fast):
 def replaying(twin, fast):
     _replays(fast).limit = 64
     return fast
+
+
+def test_a_network_that_moves_leaves_no_graph_and_no_parameters_behind(twin, replaying):
+    x = networks.image(1, 1, 5, 6)
+    for _ in range(3):
+        replaying(x)
+    runner = engine.engine(replaying._spec)
+    replaying(networks.image(1, 1, 9, 9))
+    held = [*runner._free.values(), *runner.replays._workspaces.values(), runner._live[CPU][1]._last.parameters]
+    assert len(held) == 3 and runner.replays._entries
+    held = [weakref.ref(kept) for kept in held]
+    replaying.to("meta")
+    gc.collect()
+    assert [ref() for ref in held] == [None] * 3 and not runner.replays._entries and not runner._live
 
 
 def test_the_second_call_is_captured_and_all_later_ones_replay(twin, replaying):

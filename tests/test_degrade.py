@@ -111,6 +111,21 @@ def test_jpeg_refuses_what_is_no_image(jpeg: Callable[..., torch.Tensor]) -> Non
             jpeg(image, 10)
 
 
+def test_jpeg_of_nan() -> None:
+    """A file cannot hold it; without one it takes its block, and no other, with it."""
+    image = torch.rand(2, 20, 21, generator=torch.Generator().manual_seed(0))
+    good = degrade.jpeg_blocks(image, 40)
+    image[1, 3, 10] = image[0, 19, 20] = torch.nan
+    with pytest.raises(InputError, match="NaN"):
+        degrade.jpeg(image, 40)
+    result = degrade.jpeg_blocks(image, 40)
+    lost = torch.zeros(2, 20, 21, dtype=torch.bool)
+    lost[1, :8, 8:16] = lost[0, 16:, 16:] = True
+    assert torch.equal(result.isnan(), lost) and torch.equal(result[~lost], good[~lost])
+    infinite = torch.tensor([[torch.inf, -torch.inf]])
+    assert torch.equal(degrade.jpeg(infinite, 100), torch.tensor([[1.0, 0.0]])), "clipped, as every value out of range"
+
+
 def _scene(h: int, w: int) -> torch.Tensor:
     """Slopes, edges, texture and some noise: every coefficient is in use, and few lie at a tie as those of a pattern may."""
     y, x = torch.meshgrid(torch.arange(float(h)), torch.arange(float(w)), indexing="ij")

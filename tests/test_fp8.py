@@ -152,6 +152,32 @@ def test_without_numbers_there_are_no_scales() -> None:
         mf.fuse(_never_trained().to("meta"), backend="torch", precision="fp8")
 
 
+def test_weights_that_come_later_are_looked_at_too(monkeypatch) -> None:
+    asked = []
+    error = torch_backend.fp8_error
+    monkeypatch.setattr(torch_backend, "fp8_error", lambda plan: asked.append(1) or error(plan))
+    fast = mf.fuse(mf.create_model("memnet_m6r6.denoise"), backend="torch", precision="fp8")
+    good = {name: value.clone() for name, value in fast.state_dict().items()}
+    x = torch.rand((1, 1, 6, 5), generator=torch.Generator().manual_seed(0))
+    expected = fast(x)
+    assert torch.equal(fast(x), expected) and len(asked) == 1, "the first calls know the answer of fuse"
+
+    def refused() -> None:
+        for call in (lambda: fast(x), lambda: fast.workspace_bytes(1, 6, 5)):
+            with pytest.raises(mf.BackendUnavailable, match="running statistics") as caught:
+                call()
+            assert "\n" not in str(caught.value)
+
+    fast.load_state_dict({f"reference.{name}": value for name, value in _variance(1e-3).state_dict().items()})
+    refused()
+    fast.load_state_dict(good)
+    assert torch.equal(fast(x), expected)
+    fast.reference.blocks[2].bn_a[3].running_var.data.mul_(1e-3)
+    refused()
+    fast.load_state_dict(good)
+    assert torch.equal(fast(x), expected)
+
+
 def test_statistics_that_describe_the_network_are_not_refused() -> None:
     assert mf.fuse(_variance(4), backend="torch", precision="fp8").precision == "fp8"
     plans = [lower(mf.create_model(f"memnet_m6r6.{task}")) for task in ("denoise", "sr", "deblock")]

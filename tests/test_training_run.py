@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -504,6 +505,26 @@ def test_gradients_of_two_processes_are_those_of_one_and_different_data_is_notic
     for name, gradient in one.items():
         assert float((gradient - two[name]).abs().max()) <= 1e-5 * largest, name
     assert "do not see the same training images" in (tmp_path / "refused").read_text()
+
+
+def test_who_inherits_the_environment_of_a_training_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what a training starts, only the processes of Lightning have its id and another rank than the first one."""
+    parent, own = str(os.getppid()), str(os.getpid())
+    for rank, launcher, launched in (("1", parent, True), ("0", parent, False), (None, parent, False), ("1", None, False)):
+        for name, value in (("LOCAL_RANK", rank), (run._LAUNCHER, launcher)):
+            monkeypatch.delenv(name, raising=False)
+            if value is not None:
+                monkeypatch.setenv(name, value)
+        before = set(threading.enumerate())
+        with run._ending_with_launcher():
+            watching = set(threading.enumerate()) - before
+            assert len(watching) == launched, (rank, launcher)
+            assert not launched or run._LAUNCHER not in os.environ, "handed on to what this process starts"
+            with run._several(2):
+                assert os.environ.get(run._LAUNCHER) == (None if rank == "1" else own)
+        assert os.environ.get(run._LAUNCHER) == launcher
+        for thread in watching:
+            thread.join(60)
 
 
 def _free_port() -> int:

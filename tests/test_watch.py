@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -381,6 +382,19 @@ def test_a_network_that_is_collected_while_an_engine_is_made(net, x, monkeypatch
     assert len(results) == 1 and spec not in engine._engines
 
 
+def test_the_workspace_is_that_of_the_network_as_it_is_now(net):
+    fast = mf.fuse(net)
+    fast.workspace_bytes(1, 7, 6)
+    wider = networks.build(MemNetConfig(channels=40, num_memory_blocks=3, num_recursions=2))
+    expected = mf.fuse(wider).workspace_bytes(1, 7, 6)
+    assert fast.workspace_bytes(1, 7, 6) < expected
+    fast.reference = wider
+    assert fast.workspace_bytes(1, 7, 6) == expected
+    wider.recon = nn.Conv2d(40, 1, 3, padding=1, stride=2)
+    with pytest.raises(mf.InputError):
+        fast.workspace_bytes(1, 7, 6)
+
+
 def test_memory_that_the_network_has_left_is_free(net, x):
     fast = mf.fuse(net, backend="torch")
     fast(x)
@@ -389,6 +403,60 @@ def test_memory_that_the_network_has_left_is_free(net, x):
     fast(x)
     gc.collect()
     assert not [o for o in gc.get_objects() if type(o) is Parameters and address in o.addresses.tolist()]
+
+
+def _held(runner):
+    """Weak references to the memory that an engine keeps for later calls."""
+    weights = [t for t in vars(runner._packed[1])["weights"].values()]
+    return [weakref.ref(t) for t in (*runner._free.values(), runner._seen._bytes, *weights)]
+
+
+@pytest.mark.parametrize(
+    "move", [lambda fast: fast.to("meta"), lambda fast: nn.Sequential(fast).to("meta")], ids=["it", "around"]
+)
+def test_a_network_that_moves_leaves_nothing_behind(net, x, move):
+    fast = mf.fuse(net, backend="torch")
+    fast(x)
+    held, statistic = _held(engine.engine(fast._spec)), weakref.ref(net.first.bn.running_mean)
+    assert len(held) > 10 and all(ref() is not None for ref in held)
+    fast.double().float()
+    assert engine.engine(fast._spec)._free, "it has not moved"
+    statistic = weakref.ref(net.first.bn.running_mean)
+    fast(x)
+    held += _held(engine.engine(fast._spec))
+    move(fast)
+    gc.collect()
+    assert statistic() is None and not [ref for ref in held if ref() is not None]
+
+
+def test_a_network_whose_reference_moved_leaves_nothing_behind(net, x):
+    """Nobody tells the fused one; its next call finds out."""
+    fast = mf.fuse(net, backend="torch")
+    expected = fast(x)
+    runner, elsewhere = engine.engine(fast._spec), torch.device("cuda", 0)
+    held = _held(runner)
+    # As if that call had been on a GPU.
+    runner._device = elsewhere
+    runner._free = {(elsewhere, 7): runner._free.popitem()[1]}
+    runner._live = {elsewhere: runner._live.popitem()[1]}
+    runner.replays._workspaces[elsewhere, 7] = torch.zeros(5)
+    assert torch.equal(fast(x), expected)
+    assert (
+        list(runner._live) == [x.device] and [key[0] for key in runner._free] == [x.device] and not runner.replays._workspaces
+    )
+    gc.collect()
+    assert not [ref for ref in held if ref() is not None]
+
+
+def test_a_call_that_the_network_leaves_keeps_no_workspace(net, x, monkeypatch):
+    fast = mf.fuse(net, backend="torch")
+    fast(x)
+    runner = engine.engine(fast._spec)
+    kind = type(runner._packed[1])
+    run = kind.run
+    monkeypatch.setattr(kind, "run", lambda *given: (run(*given), fast.to("meta"))[0])
+    fast(x)
+    assert not runner._free and runner._packed is None
 
 
 # Who looks at operators ----------------------------------------------------------------------------------------------

@@ -11,11 +11,9 @@ rounded where the backend "torch" rounds them; the stores, which that specificat
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +23,7 @@ from torch import Tensor
 from memnet_fast import native, packing
 from memnet_fast.backends.cpu_steps import Step, compact_steps, plain_steps
 from memnet_fast.config import MemNetConfig
+from memnet_fast.control_groups import granted_cpus
 from memnet_fast.plan import FirstConv, FusedPlan, Gate, Reconstruct, ResidualBlock
 from memnet_fast.timing import Timing, of_native
 
@@ -96,21 +95,8 @@ def num_threads() -> int:
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may use, by its affinity and its control group."""
-    return min(len(os.sched_getaffinity(0)), _cgroup_cpus())
-
-
-def _cgroup_cpus() -> int:
-    """CPUs that the control group (version 2 or 1) grants, rounded up; a large number where there is no limit."""
-    group = Path("/sys/fs/cgroup")
-    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        try:
-            quota, period = (int(word) for name in names for word in (group / name).read_text().split())
-        except (OSError, ValueError):  # absent, or "max"
-            continue
-        if quota > 0 and period > 0:
-            return math.ceil(quota / period)
-    return 1 << 20
+    """CPUs that this process may use, by its affinity and its control groups."""
+    return min(len(os.sched_getaffinity(0)), granted_cpus())
 
 
 def pack(plan: FusedPlan, device: torch.device, precision: str, algorithm: str) -> CpuPacked:
@@ -243,15 +229,19 @@ class CpuPacked:
 
     def _call(self, image: Tensor, out: Tensor, workspace: Tensor, timed: bool = False) -> Any:
         n, _, h, w = image.shape
+        shape, threads = self._shape(n, h, w), num_threads()
+        # The machine may grant another number of threads than when the size was asked for: as many as there is memory for.
+        while threads > 1 and workspace.numel() < native.module().workspace_bytes(*shape, self.algorithm, self.isa, threads):
+            threads -= 1
         call = native.module().run_timed if timed else native.module().run
         return call(
             self.ops,
-            *self._shape(n, h, w),
+            *shape,
             workspace.data_ptr(),
             workspace.numel(),
             image.data_ptr(),
             out.data_ptr(),
             self.algorithm,
             self.isa,
-            num_threads(),
+            threads,
         )

@@ -11,6 +11,7 @@ follows from the batch normalisation, whose running statistics must therefore be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memnet_fast.config import MemNetConfig
+from memnet_fast.errors import BackendUnavailable
 from memnet_fast.plan import FirstConv, FusedPlan, Gate, Reconstruct, ResidualBlock
 from memnet_fast.timing import Stopwatch, Timing
 
@@ -147,6 +149,19 @@ def fp8_error(plan: FusedPlan) -> float:
     if torch.equal(small, exact):
         return 0.0  # also of a network that changes nothing
     return float(((small - exact).square().mean() / (exact - image).square().mean()).sqrt())
+
+
+def require_fp8(plan: FusedPlan, backend: str) -> None:
+    """Raises BackendUnavailable where e4m3 with scales from the running statistics cannot stand for these weights."""
+    error = fp8_error(plan)
+    # Also for NaN.
+    if not error <= FP8_ERROR_LIMIT:
+        amount = f"wrong by {error:.1%} of what this network changes about a test image (limit {FP8_ERROR_LIMIT:.0%})"
+        raise BackendUnavailable(
+            backend,
+            f"fp8 is {'not finite for a test image' if math.isnan(error) else amount}: scales follow from the running "
+            "statistics, and these do not describe the network; load its weights before fuse(), or take fp16",
+        )
 
 
 def pack(plan: FusedPlan, device: torch.device, precision: str, algorithm: str = "direct") -> TorchPacked:

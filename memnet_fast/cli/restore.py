@@ -15,6 +15,7 @@ from memnet_fast.cli.messages import State, log_on_stderr, say, say_error, shown
 from memnet_fast.cli.options import RestoreCommand, restoring
 from memnet_fast.cli.progress import Reporter, reporter
 from memnet_fast.errors import OutputError
+from memnet_fast.restore.uris import is_uri, masked
 
 if TYPE_CHECKING:
     from memnet_fast.restore import Restorer
@@ -74,7 +75,7 @@ def _run(ctx: click.Context, task: str, options: dict[str, Any]) -> int:
         for path, reason in job.ignored:
             say(f"ignored {path}: {reason}")
     if not job.items:
-        say_error(f"nothing to restore: no image in {', '.join(options['input'])}{_ignored(job)}")
+        say_error(f"nothing to restore: no image in {', '.join(map(masked, options['input']))}{_ignored(job)}")
         return _NOTHING
     if options["dry_run"]:
         return _dry_run(job, task, options)
@@ -83,7 +84,7 @@ def _run(ctx: click.Context, task: str, options: dict[str, Any]) -> int:
 
 def _plan(options: dict[str, Any]) -> Job:
     names = ["recursive", "format", "existing"]
-    if options["engine"] == "ray" and any("://" in path for path in (*options["input"], options["output"])):
+    if options["engine"] == "ray" and any(is_uri(path) for path in (*options["input"], options["output"])):
         from memnet_fast.restore.storage import plan_uris
 
         return plan_uris(options["input"], options["output"], **{name: options[name] for name in names})
@@ -288,7 +289,7 @@ def _write_log(path: Path, job: Job, report: JobReport, options: dict[str, Any],
         "memnet_fast": __version__,
         "state": state,
         "task": task,
-        "options": options,
+        "options": {name: _masked(value) for name, value in options.items()},
         "settings": report.settings,
         "seconds": round(report.seconds, 3),
         **{status: report.count(status) for status in ("restored", "skipped", "failed")},
@@ -299,6 +300,13 @@ def _write_log(path: Path, job: Job, report: JobReport, options: dict[str, Any],
     }
     make_folder(path.parent)
     write_whole(path, (json.dumps(log, indent=2) + "\n").encode())
+
+
+def _masked(value: Any) -> Any:
+    """The value of an option, for a file that others will read."""
+    if isinstance(value, (list, tuple)):
+        return [_masked(part) for part in value]
+    return masked(value) if isinstance(value, str) else value
 
 
 def _record(result: FileResult) -> dict[str, Any]:

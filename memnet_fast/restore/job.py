@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from memnet_fast.errors import InputError
 from memnet_fast.restore.images import EXTENSIONS
 from memnet_fast.restore.journal import read_lines
+from memnet_fast.restore.uris import is_uri, masked
 
 if TYPE_CHECKING:
     from memnet_fast.restore.storage import Storage
@@ -97,8 +98,8 @@ def plan_job(
     options. A journal is kept in the output folder; for a single file only with "skip".
     compare, log: further files that the job will write, held to the same rules.
     What the journals in the folders below one that is searched list as outputs of earlier runs is never taken as input.
-    Raises InputError if an input does not exist, two inputs have one output, an output is the file of another input, is its own
-    input (unless "overwrite"), or, with "error", exists already.
+    Raises InputError for a URI, and if an input does not exist, two inputs have one output, an output is the file of another
+    input, is its own input (unless "overwrite"), or, with "error", exists already.
     """
     if format != "same" and format not in FORMATS:
         raise InputError(f"unknown format '{format}'; choose from same, {', '.join(FORMATS)}")
@@ -106,6 +107,8 @@ def plan_job(
         raise InputError(f"unknown choice '{existing}' for existing files; choose from {', '.join(EXISTING)}")
     if not output:
         raise InputError("the output is an empty path")
+    if uris := [masked(text) for text in (*inputs, output) if is_uri(text)]:
+        raise InputError(f"{uris[0]} is a URI; those need --engine ray")
     as_file = len(inputs) == 1 and os.path.lexists(inputs[0]) and not os.path.isdir(inputs[0])
     to_folder = not as_file or os.path.isdir(output) or output.endswith((os.sep, os.altsep or os.sep))
     if to_folder and os.path.exists(output) and not os.path.isdir(output):

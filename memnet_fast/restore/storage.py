@@ -16,6 +16,7 @@ from memnet_fast.files import make_folder, write_whole
 from memnet_fast.restore.images import EXTENSIONS
 from memnet_fast.restore.job import Item, Job, named
 from memnet_fast.restore.journal import FOLDER, parse_lines
+from memnet_fast.restore.uris import is_uri, masked
 
 # Here an object appears when it is complete, so that nothing has to be renamed.
 _WHOLE_OBJECTS = ("s3", "gcs", "abfs")
@@ -81,10 +82,6 @@ class Storage:
         return [self.read(path) or b"" for path in self.find(folder, recursive=False) if path.endswith(suffix)]
 
 
-def is_uri(text: str) -> bool:
-    return "://" in text
-
-
 def storage_of(text: str) -> Storage:
     """The storage of a URI; local for a path.
 
@@ -101,17 +98,20 @@ def _open(text: str) -> tuple[Storage, str]:
         raise MissingExtra(f"this needs PyArrow ({error}); pip install 'memnet-fast[distributed]'") from error
     if not is_uri(text):
         return Storage(fs.LocalFileSystem(), True), str(Path(text).absolute())
+    shown = masked(text)
     if _has_password(text):
         raise InputError("a URI with a password would stand in logs and messages; give credentials by the environment")
     try:
         filesystem, path = fs.FileSystem.from_uri(text)
     except (ArrowException, OSError, ImportError, ValueError) as error:
-        raise InputError(f"cannot open {text}: {str(error).splitlines()[0]}") from error
+        # PyArrow repeats the URI, so its error must not stand in a traceback, either.
+        reason = str(error).replace(text, shown).splitlines()[0]
+        raise InputError(f"cannot open {shown}: {reason}") from None
     kind = filesystem.type_name
     if kind != "local" and kind not in _WHOLE_OBJECTS:
-        raise InputError(f"{text}: files on '{kind}' would not appear whole; use file, s3, gs or abfs")
+        raise InputError(f"{shown}: files on '{kind}' would not appear whole; use file, s3, gs or abfs")
     if not path:
-        raise InputError(f"{text} names no bucket")
+        raise InputError(f"{shown} names no bucket")
     return Storage(filesystem, kind == "local"), path.rstrip("/")
 
 
@@ -148,13 +148,13 @@ def plan_uris(
         storage, path = _open(text)
         source = source or storage
         if not storage.filesystem.equals(source.filesystem):
-            raise InputError(f"{text} is in another storage than {inputs[0]}; use one job for each")
-        with reaching(text):
+            raise InputError(f"{masked(text)} is in another storage than {masked(inputs[0])}; use one job for each")
+        with reaching(masked(text)):
             info = storage.filesystem.get_file_info(path)
             found = [path] if info.is_file else storage.find(path, recursive)
             outputs = set() if info.is_file else _recorded(storage, found, path)
         if info.type.name == "NotFound":
-            raise InputError(f"there is no file or folder {text}")
+            raise InputError(f"there is no file or folder {masked(text)}")
         same = storage.filesystem.equals(target.filesystem)
         inside = f"{folder}/" if same and folder.startswith(f"{path}/") else None
         for file in found:
@@ -169,7 +169,7 @@ def plan_uris(
                 ignored.append((Path(file), "an output of an earlier run"))
             else:
                 items.append(named(Path(file), Path(folder, name), format))
-    with reaching(output):
+    with reaching(masked(output)):
         _check(items, source, target, folder, existing)
     return Job(items, ignored, None, existing, Path(folder), True, source, target)
 

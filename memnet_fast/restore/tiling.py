@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memnet_fast.control_groups import free_memory
 from memnet_fast.engine import images_per_pass
 from memnet_fast.errors import BackendUnavailable, DeviceOOM, InputError, NumericError
 from memnet_fast.fused import FusedMemNet, fuse
@@ -120,7 +121,7 @@ def official_windows(h: int, w: int, size: tuple[int, int]) -> list[Window]:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free for this process now: on the GPU, or what the system and its control group leave."""
+    """Memory that is free for this process now: on the GPU, or what the system and its control groups leave."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = []
@@ -132,14 +133,8 @@ def available_bytes(device: torch.device) -> int:
             free.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         except (ValueError, OSError, AttributeError):
             free.append(_BUDGET["cpu"][1])
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        # Page cache counts as used, though it is given back on demand.
-        cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free.append(limit - used + sum(int(cache.get(name, 0)) for name in ("active_file", "inactive_file")))
-    except (OSError, ValueError):
-        pass  # no limit, or no control groups of this kind
+    if (left := free_memory()) is not None:
+        free.append(left)
     return max(0, min(free))
 
 

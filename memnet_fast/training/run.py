@@ -168,12 +168,19 @@ def train(
     return outcome
 
 
+def _launcher() -> int | None:
+    """The process that started this one as a part of its training. What the first process starts for another purpose inherits
+    its environment, and in there the rank 0."""
+    text = os.environ.get(_LAUNCHER)
+    return None if text is None or os.environ.get("LOCAL_RANK", "0") == "0" else int(text)
+
+
 @contextlib.contextmanager
 def _ending_with_launcher() -> Iterator[threading.Event]:
     """A process that Lightning started ends with the one that started it: that may be killed while this one waits for it, and
     the first meeting and NCCL's exchanges wait for minutes. The other way round Lightning itself looks after. Not any more
     when the event is set: then each may leave when it likes."""
-    launcher, ending = os.environ.get(_LAUNCHER), threading.Event()
+    launcher, ending = _launcher(), threading.Event()
 
     def watch(parent: int) -> None:
         while os.getppid() == parent:
@@ -183,12 +190,15 @@ def _ending_with_launcher() -> Iterator[threading.Event]:
             os.write(2, b"memnet: error: the first process of this training ended\n")
             os._exit(1)
 
-    if launcher is not None and int(launcher) != os.getpid():
-        threading.Thread(target=watch, args=(int(launcher),), daemon=True).start()
+    if launcher is not None:
+        threading.Thread(target=watch, args=(launcher,), daemon=True).start()
+        del os.environ[_LAUNCHER]  # what this process starts for another purpose has nothing to do with it
     try:
         yield ending
     finally:
         ending.set()
+        if launcher is not None:
+            os.environ[_LAUNCHER] = str(launcher)
 
 
 @contextlib.contextmanager
@@ -199,7 +209,9 @@ def _several(world: int) -> Iterator[None]:
         return
     # Lightning says there which process ended before it ends the others, and what it ends says nothing any more.
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
-    if _LAUNCHER not in os.environ:
+    before = os.environ.get(_LAUNCHER)
+    # The first process, whose environment Lightning hands on to the others.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         os.environ[_LAUNCHER] = str(os.getpid())
     try:
         yield
@@ -211,8 +223,9 @@ def _several(world: int) -> Iterator[None]:
         text = "another process of this training ended (what it said comes before this line); --resume auto goes on"
         raise ProcessLost(text) from error
     finally:
-        if os.environ.get(_LAUNCHER) == str(os.getpid()):
-            del os.environ[_LAUNCHER]
+        os.environ.pop(_LAUNCHER, None)
+        if before is not None:
+            os.environ[_LAUNCHER] = before
 
 
 @contextlib.contextmanager
