@@ -123,7 +123,7 @@ def _timed(first: Process, second: Process, seconds: float) -> dict[str, Any]:
 
 
 def _show(names: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    table = Table("size", f"{names[0]}, ms", f"{names[1]}, ms", "ratio", "within (99 %)", "20 % to 80 %", "rounds", "MiB")
+    table = Table("size", f"{names[0]}, ms", f"{names[1]}, ms", "ratio", "within (99.5 %)", "20 % to 80 %", "rounds", "MiB")
     for r in rows:
         if r["status"] != "ok":
             table.add_row(r["size"], f"{r['status']}: {r['reason']}")

@@ -72,6 +72,7 @@ def staged(net, tmp_path, monkeypatch):
             return started[v.name][-1]
 
         monkeypatch.setattr(measure.Session, "start", start)
+        monkeypatch.setattr(measure, "_seconds_of_rounds", lambda contest: 0.0)  # so short that every process stays
         variants = [Variant(name, variant.get("precision", "fp32")) for name in functions]
         return measure.Session(net, tmp_path, variants, threads=1), started
 
@@ -139,6 +140,40 @@ def test_a_subject_that_dies_is_named(staged, net, monkeypatch):
     rows = measure.forward(session, "2x21x26", SHAPE, 60.0)
     assert [r["status"] for r in rows] == ["ok", "ok", "failed"] and rows[1]["enough"] and rows[1]["ratio"] == 3.0
     assert rows[2]["reason"] == "subject: its process ended with -9" and "ratio" not in rows[2]
+
+
+def test_processes_are_renewed_where_that_is_quick(staged, net, monkeypatch):
+    """After every fourth round, the subject too; not one that takes long to start. What a new one needs, it gets."""
+    session, started = staged({"subject": net, "peer": net, "compiler": net})
+    monkeypatch.setattr(measure, "_seconds_of_rounds", lambda contest: 1000.0)
+    gated = measure.Case.gated
+
+    def slow(self, process, variant, seconds=600.0):
+        return gated(self, process, variant, seconds) | ({"start_s": 2001.0} if variant.name == "compiler" else {})
+
+    monkeypatch.setattr(measure.Case, "gated", slow)
+    rows = measure.forward(session, "2x21x26", SHAPE, 60.0)
+    assert [(r["rounds"], r["processes"], r["enough"]) for r in rows] == [(12, 3, True), (12, 3, True), (12, 1, True)]
+    assert [r["ratio"] for r in rows] == [1.0, 3.0, 3.0]
+    assert len(started["subject"]) == 6 and len(started["peer"]) == 3 and len(started["compiler"]) == 1
+    for here in started["peer"][1:]:
+        assert here.asked == ["load", *["time"] * 5], "a run to warm up, and four rounds"
+
+
+def test_a_process_that_cannot_be_renewed_costs_only_itself(staged, net, monkeypatch):
+    session, started = staged({"subject": net, "peer": net, "other": net})
+    monkeypatch.setattr(measure, "_seconds_of_rounds", lambda contest: 1000.0)
+    time = Here.time
+
+    def dies(here, seconds=0.0):
+        if here in started["peer"][1:]:
+            raise VariantFailed("its process ended with -9")
+        return time(here)
+
+    monkeypatch.setattr(Here, "time", dies)
+    rows = measure.forward(session, "2x21x26", SHAPE, 60.0)
+    assert [r["status"] for r in rows] == ["ok", "failed", "ok"] and rows[2]["rounds"] == 12
+    assert rows[1]["reason"] == "its process ended with -9" and "ratio" not in rows[1]
 
 
 def test_where_memory_is_short_variants_run_one_by_one(staged, net, monkeypatch):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,11 @@ class Case:
         process.ask("load", seconds, file=str(self._files[0]))
         return self._truth.errors_of(results, clamped=variant.clamped)
 
+    def warm(self, process: Process) -> None:
+        """Gives a process that takes the place of one that was right the first image, and a run. Raises VariantFailed."""
+        process.ask("load", file=str(self._files[0]))
+        process.time()
+
     def gated(self, process: Process, variant: Variant, seconds: float = 600.0) -> dict[str, Any]:
         """status "ok", "refused" (wrong) or "failed" (does not run), errors or the reason, start_s: seconds from the start of
         the process until both images were restored.
@@ -126,12 +132,33 @@ class Case:
         return {**row, "status": "refused", "reason": wrong} if wrong else {**row, "status": "ok"}
 
 
+class _Seat:
+    """The process of a variant, until a new one takes its place."""
+
+    def __init__(self, session: Session, case: Case, variant: Variant) -> None:
+        self._session, self._case, self.variant = session, case, variant
+        self.process = session.start(variant, case.shape)
+        self.count = 1
+
+    def renew(self) -> None:
+        """Raises VariantFailed."""
+        self.process.close()
+        self.process = self._session.start(self.variant, self._case.shape)
+        self.count += 1
+        self._case.warm(self.process)
+
+    def __enter__(self) -> _Seat:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.process.__exit__(kind, error, trace)
+
+
 @dataclass
 class _Running:
     """A variant that was found to be right, and what is known of it."""
 
-    variant: Variant
-    process: Process
+    seat: _Seat
     row: dict[str, Any]
     contest: pairs.Contest
     others: list[float] = field(default_factory=list)  # what other programs used of the CPUs, run by run
@@ -144,7 +171,7 @@ class _Running:
             return {"status": "failed", "reason": str(self.contest.failure)}
         low, middle, high = quantiles(found.other)
         row = {**self.row, "ms": middle, "ms_q20": low, "ms_q80": high, **found.row(), "enough": self.contest.settled}
-        row["in_flight"] = self.in_flight
+        row |= {"processes": self.seat.count, "in_flight": self.in_flight}
         row["others"] = round(statistics.median(self.others), 3) if self.others else None
         return row
 
@@ -160,7 +187,8 @@ def forward(
 ) -> list[dict[str, Any]]:
     """One row for each variant of the session at one size, in their order; `show` gets each when it is done. The first variant
     is the subject; all are timed in turns with it, also a second process of its own, whose ratio should be 1. As many as the
-    memory holds run side by side, so that each is timed now and then all the time.
+    memory holds run side by side, so that each is timed now and then all the time; every four rounds, new processes take
+    their places, where starting them takes no longer than eight.
 
     seconds: about how long the timing of all variants may take; starting and checking them is not counted. until: the moment
     (time.monotonic) by which everything should be done, in place of seconds; peers that cannot be started before it are
@@ -194,8 +222,8 @@ def forward(
     case = session.case(shape)
     session.prepared()  # a CPU that still makes files is none to time on
     session.tell(f"{size}: {subject.name}")
-    with session.start(subject, shape) as first:
-        gate = case.gated(first, subject)
+    with _Seat(session, case, subject) as first:
+        gate = case.gated(first.process, subject)
         if gate["status"] != "ok":
             return refuse_all(gate)
         waiting = []
@@ -215,13 +243,13 @@ def forward(
                         continue
                     session.tell(f"{size}: {variant.name}")
                     with starts.timed():
-                        process = stack.enter_context(session.start(variant, shape))
-                        row = case.gated(process, variant)
-                        row |= _memory_of(process, row)
+                        seat = stack.enter_context(_Seat(session, case, variant))
+                        row = case.gated(seat.process, variant)
+                        row |= _memory_of(seat.process, row)
                     if row["status"] == "ok":
-                        running.append(_running(variant, process, {**row, "subject": subject.name}, goal))
+                        running.append(_running(seat, {**row, "subject": subject.name}, goal))
                     else:
-                        process.close()
+                        seat.process.close()
                         add(variant, row)
                 if not running:
                     continue
@@ -229,13 +257,13 @@ def forward(
                 if until is not None:
                     left = until - time.monotonic() - starts.mean() * len(waiting)
                     part = left * len(running) / (len(running) + len(waiting))
-                session.tell(f"{size}: rounds of {', '.join(r.variant.name for r in running)}")
+                session.tell(f"{size}: rounds of {', '.join(r.seat.variant.name for r in running)}")
                 try:
-                    _time_all(first, subject, running, part)
+                    _time_all(first, gate["start_s"], running, part)
                 finally:
                     for r in running:
                         if r.contest.failure is not None or len(r.contest.pairs.other) >= pairs.FEWEST_ROUNDS:
-                            add(r.variant, r.finished())
+                            add(r.seat.variant, r.finished())
     order = {variant.name: i for i, variant in enumerate(session.variants)}
     return sorted(rows, key=lambda row: order[row["variant"]])
 
@@ -274,27 +302,49 @@ def _memory_of(process: Process, row: dict[str, Any]) -> dict[str, Any]:
         return {"status": "failed", "reason": str(failure)}
 
 
-def _running(variant: Variant, process: Process, row: dict[str, Any], goal: float) -> _Running:
+def _running(seat: _Seat, row: dict[str, Any], goal: float) -> _Running:
     def run() -> float:
-        answer = process.time()
+        answer = seat.process.time()
         made.in_flight = answer["in_flight"]
         if answer["others"] is not None:
             made.others.append(answer["others"])
         return float(answer["ms"])
 
-    made = _Running(variant, process, row, pairs.Contest(run, goal))
+    made = _Running(seat, row, pairs.Contest(run, goal))
     return made
 
 
-def _time_all(first: Process, subject: Variant, running: Sequence[_Running], seconds: float) -> None:
-    """Fills the contests. Where the subject fails, all of them have failed."""
+def _time_all(first: _Seat, start_s: float, running: Sequence[_Running], seconds: float) -> None:
+    """Fills the contests. Where the subject fails, all of them have failed. start_s: of the subject."""
+
+    def renew() -> None:
+        opened = [r for r in running if r.contest.open()]
+        rounds = [_seconds_of_rounds(r.contest) for r in opened]
+        if start_s <= 2 * sum(rounds):
+            first.renew()
+        for r, spent in zip(opened, rounds, strict=True):
+            # What takes minutes to start (a compiler) keeps its process.
+            if r.row["start_s"] > 2 * spent:
+                continue
+            try:
+                r.seat.renew()
+            except VariantFailed as failure:
+                r.contest.failure = failure
+        first.process.time()  # it waited
+
     try:
-        first.time()  # it waited while the others were started
-        pairs.run_all(lambda: float(first.time()["ms"]), [r.contest for r in running], seconds)
+        first.process.time()  # it waited while the others were started
+        pairs.run_all(lambda: float(first.process.time()["ms"]), [r.contest for r in running], seconds, renew=renew)
     except VariantFailed as failure:
         for r in running:
             if r.contest.open():
-                r.contest.failure = VariantFailed(f"{subject.name}: {failure}")
+                r.contest.failure = VariantFailed(f"{first.variant.name}: {failure}")
+
+
+def _seconds_of_rounds(contest: pairs.Contest) -> float:
+    """What one process's rounds take."""
+    found = contest.pairs
+    return pairs.ROUNDS_OF_ONE * (statistics.median(found.subject) + statistics.median(found.other)) / 1000
 
 
 def memory(

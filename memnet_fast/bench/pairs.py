@@ -3,6 +3,9 @@
 A machine whose speed drifts still gives true ratios: every run of the other lies between two of the subject and is held
 against their geometric mean, which a drift passes through as the other does. Several contests with one subject take rounds in
 turns: a burst of other work then costs each of them a few rounds, which a median forgets, and not one of them all.
+
+A process is faster or slower than its twin by some per cent for as long as it lives (where its pages lie, and the like). So
+what is timed can be renewed every few rounds, and no ratio is settled before it has seen three processes.
 """
 
 from __future__ import annotations
@@ -18,18 +21,20 @@ from memnet_fast.bench.clocks import quantiles
 from memnet_fast.bench.process import VariantFailed
 
 # Of the interval that holds the median of the ratios, whatever their distribution. Rounds end at the first of several looks
-# that finds it narrow, and each look has its own chance to be wrong: all of them together have about 5 %.
-CONFIDENCE = 0.99
+# that finds it narrow, and each look has its own chance to be wrong: all of them together have a few per cent.
+CONFIDENCE = 0.995
 # A ratio is settled when that interval lies within this part of the median: two runs that settled agree within twice as much.
 GOAL = 0.025
 FEWEST_ROUNDS = 3
 _MOST_ROUNDS = 400
+# Between two renewals.
+ROUNDS_OF_ONE = 4
 
 
 def _looks() -> list[int]:
-    """Numbers of rounds after which the interval is looked at: from the first that has one, a third more each time. A look
-    after each round would end them as soon as chance makes the interval narrow."""
-    found = [8]
+    """Numbers of rounds after which the interval is looked at, a third more each time. A look after each round would end them
+    as soon as chance makes the interval narrow."""
+    found = [3 * ROUNDS_OF_ONE]
     while found[-1] < _MOST_ROUNDS:
         found.append(min(_MOST_ROUNDS, math.ceil(found[-1] * 4 / 3)))
     return found
@@ -69,7 +74,7 @@ class Pairs:
         return math.inf if found is None else max(found[1] / middle, middle / found[0]) - 1
 
     def row(self) -> dict[str, Any]:
-        """rounds, ratio with its 20 % and 80 % quantiles, and the interval of its median (None for less than eight rounds)."""
+        """rounds, ratio with its 20 % and 80 % quantiles, and the interval of its median (None for less than nine rounds)."""
         low, middle, high = quantiles(self.ratios)
         interval = median_interval(self.ratios)
         return {
@@ -109,12 +114,19 @@ def run_all(
     contests: Sequence[Contest],
     seconds: float,
     now: Callable[[], float] = time.monotonic,
+    renew: Callable[[], None] | None = None,
 ) -> None:
     """A round of each in turn, until all are settled or about `seconds` have passed; at least three of each that does not
-    fail. Raises VariantFailed where the subject fails.
+    fail. renew is called after every fourth turn. Raises VariantFailed where the subject fails.
     """
-    start, before = now(), None
-    while waiting := [contest for contest in contests if contest.open()]:
+    start, before, turns = now(), None, 0
+    while True:
+        if renew is not None and turns and turns % ROUNDS_OF_ONE == 0 and now() - start < seconds:
+            renew()
+            before = None
+        waiting, turns = [contest for contest in contests if contest.open()], turns + 1
+        if not waiting:
+            return
         for contest in waiting:
             if now() - start >= seconds and len(contest.pairs.other) >= FEWEST_ROUNDS:
                 return

@@ -171,7 +171,7 @@ def _show(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     timed = [row for row in rows if "ms" in row]
     if timed:
         console.print(
-            f"ratio: time in comparison with {timed[0]['subject']}, more is slower; within: its median (99 %); "
+            f"ratio: time in comparison with {timed[0]['subject']}, more is slower; within: its median (99.5 %); "
             "memory timed: of the process, in which engines of others keep freed pages because that makes them faster."
         )
     if short := sum(not row["enough"] for row in timed):
