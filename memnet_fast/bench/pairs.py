@@ -5,7 +5,7 @@ against their geometric mean, which a drift passes through as the other does. Se
 turns: a burst of other work then costs each of them a few rounds, which a median forgets, and not one of them all.
 
 A process is faster or slower than its twin by some per cent for as long as it lives (where its pages lie, and the like). So
-what is timed can be renewed every few rounds, and no ratio is settled before it has seen three processes.
+what is timed can be renewed every few rounds, and no ratio is settled before there were rounds enough for three processes.
 """
 
 from __future__ import annotations

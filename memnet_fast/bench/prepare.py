@@ -23,7 +23,7 @@ _WEIGHTS, _ONNX = "weights.safetensors", "model.onnx"
 
 
 class Preparation:
-    """Begins with everything that the variants read in a folder. `failed` says, by kind of file, why one could not be made.
+    """Begins with everything that the variants read in a folder; finish() waits for it.
 
     cache: a folder that keeps the ONNX file from run to run.
     """
