@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from memnet_fast.files import write_whole
 from memnet_fast.training.recipe import Recipe, load_recipe
 
 TINY = """
@@ -53,7 +54,8 @@ def recipe_file(folder: Path) -> Path:
     if not (folder / "data").exists():
         image_folder(folder / "data")
     path = folder / "tiny.toml"
-    path.write_text(f'data = "{folder / "data"}"\noutput = "{folder / "run"}"\n{TINY}')
+    # Whole at every moment: processes of a test write it while others read it.
+    write_whole(path, f'data = "{folder / "data"}"\noutput = "{folder / "run"}"\n{TINY}'.encode())
     return path
 
 
