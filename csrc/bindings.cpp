@@ -4,8 +4,10 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <vector>
 
 #include "cpu/runner.h"
+#include "cpu/training.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -52,6 +54,52 @@ bool same_bytes(const Addresses &addresses, const Sizes &sizes, const Bytes &exp
       return false;
   return true;
 }
+
+// As one value for each field of memnet::Unit, by name; pointers are addresses, of which `x` and `grad_x` are arrays.
+// What a call does not need may be left out.
+struct PyUnit {
+  memnet::Unit unit = {};
+  std::vector<const float *> x;
+  std::vector<float *> grad_x;
+
+  explicit PyUnit(const py::dict &fields) {
+    const auto number = [&](const char *name) {
+      return fields.contains(name) ? fields[name].cast<std::uint64_t>() : std::uint64_t{0};
+    };
+    const auto pointer = [&](const char *name) { return reinterpret_cast<float *>(number(name)); };
+    const auto size = [&](const char *name) { return static_cast<std::int64_t>(number(name)); };
+    unit.n = size("n");
+    unit.h = size("h");
+    unit.w = size("w");
+    unit.c = size("c");
+    unit.kernel = size("kernel");
+    unit.outputs = size("outputs");
+    unit.threads = static_cast<int>(size("threads"));
+    for (const py::handle address : fields["x"])
+      x.push_back(reinterpret_cast<const float *>(address.cast<std::uint64_t>()));
+    if (fields.contains("grad_x"))
+      for (const py::handle address : fields["grad_x"])
+        grad_x.push_back(reinterpret_cast<float *>(address.cast<std::uint64_t>()));
+    grad_x.resize(x.size());
+    unit.sources = static_cast<std::int64_t>(x.size());
+    unit.x = x.data();
+    unit.grad_x = grad_x.data();
+    unit.gamma = pointer("gamma");
+    unit.beta = pointer("beta");
+    unit.mean = pointer("mean");
+    unit.invstd = pointer("invstd");
+    unit.weight = pointer("weight");
+    unit.bias = pointer("bias");
+    unit.skip = pointer("skip");
+    unit.out = pointer("out");
+    unit.grad = pointer("grad");
+    unit.batch_statistics = number("batch_statistics") != 0;
+    unit.grad_gamma = pointer("grad_gamma");
+    unit.grad_beta = pointer("grad_beta");
+    unit.grad_weight = pointer("grad_weight");
+    unit.grad_bias = pointer("grad_bias");
+  }
+};
 
 } // namespace
 
@@ -137,4 +185,42 @@ PYBIND11_MODULE(_native, m) {
       },
       py::arg("isa"), py::arg("threads"), py::arg("seconds"),
       "FLOP per second of fused multiply-adds that wait for nothing, measured for about this long.");
+
+  // Of csrc/cpu/training.h, where the fields of a unit stand.
+  m.def(
+      "unit_scratch",
+      [](const py::dict &fields, bool backward, const std::string &isa) {
+        return memnet::unit_scratch(PyUnit(fields).unit, backward, isa);
+      },
+      py::arg("unit"), py::arg("backward"), py::arg("isa"), "Floats of scratch, from a 64-byte aligned address.");
+  m.def(
+      "unit_forward",
+      [](const py::dict &fields, std::uint64_t scratch, std::int64_t floats, const std::string &isa) {
+        const PyUnit held(fields);
+        py::gil_scoped_release release;
+        memnet::unit_forward(held.unit, reinterpret_cast<float *>(scratch), floats, isa);
+      },
+      py::arg("unit"), py::arg("scratch_ptr"), py::arg("floats"), py::arg("isa"), "BN-ReLU-convolution.");
+  m.def(
+      "unit_backward",
+      [](const py::dict &fields, std::uint64_t scratch, std::int64_t floats, const std::string &isa) {
+        const PyUnit held(fields);
+        py::gil_scoped_release release;
+        memnet::unit_backward(held.unit, reinterpret_cast<float *>(scratch), floats, isa);
+      },
+      py::arg("unit"), py::arg("scratch_ptr"), py::arg("floats"), py::arg("isa"), "The gradients of unit_forward.");
+  m.def("statistics_scratch", &memnet::statistics_scratch, py::arg("pixels"), py::arg("c"), py::arg("isa"),
+        "Floats of scratch that channel_statistics needs, from a 64-byte aligned address.");
+  m.def(
+      "channel_statistics",
+      [](std::uint64_t x, std::int64_t pixels, std::int64_t c, std::uint64_t mean, std::uint64_t var,
+         std::uint64_t scratch, std::int64_t floats, int threads, const std::string &isa) {
+        py::gil_scoped_release release;
+        memnet::channel_statistics(reinterpret_cast<const float *>(x), pixels, c, reinterpret_cast<float *>(mean),
+                                   reinterpret_cast<float *>(var), reinterpret_cast<float *>(scratch), floats, threads,
+                                   isa);
+      },
+      py::arg("x_ptr"), py::arg("pixels"), py::arg("c"), py::arg("mean_ptr"), py::arg("var_ptr"),
+      py::arg("scratch_ptr"), py::arg("floats"), py::arg("threads"), py::arg("isa"),
+      "Mean and biased variance of each channel of x [pixels, c] fp32.");
 }

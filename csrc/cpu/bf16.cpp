@@ -39,8 +39,16 @@ static void run_op(const Op &op, const Frame &frame) {
 } // namespace MEMNET_ISA
 
 const Kernels &avx512_bf16_kernels() {
-  static const Kernels table = {"avx512_bf16", MEMNET_ISA::scratch_floats, MEMNET_ISA::mid_floats, MEMNET_ISA::run_op,
-                                MEMNET_ISA::multiply_add};
+  static const Kernels table = {"avx512_bf16",
+                                MEMNET_ISA::scratch_floats,
+                                MEMNET_ISA::mid_floats,
+                                MEMNET_ISA::run_op,
+                                MEMNET_ISA::multiply_add,
+                                nullptr,
+                                nullptr,
+                                nullptr,
+                                nullptr,
+                                nullptr};
   return table;
 }
 

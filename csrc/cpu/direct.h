@@ -8,8 +8,14 @@
 
 namespace memnet::MEMNET_ISA {
 
-// How a convolution of a residual block begins and ends.
-enum class Stage { kFirst, kSecond }; // BN-ReLU before, bias-ReLU after; nothing before, bias and skip after
+// How a convolution of a residual block begins and ends. Inference: BN-ReLU before, bias-ReLU after; nothing before,
+// bias and skip after. Training (training.h): BN-ReLU before, bias after, with skip or without; backwards, the bias
+// alone.
+enum class Stage { kFirst, kSecond, kTrain, kTrainSkip, kGradient };
+
+constexpr bool activates(Stage stage) { return stage != Stage::kSecond && stage != Stage::kGradient; }
+constexpr bool rectifies(Stage stage) { return stage == Stage::kFirst; }
+constexpr bool skips(Stage stage) { return stage == Stage::kSecond || stage == Stage::kTrainSkip; }
 
 MEMNET_INLINE i64 direct_scratch(const Shape &shape) {
   return ((kBlockRows + 2) * (kBlockCols + 2) + kBlockCols) * shape.cp;

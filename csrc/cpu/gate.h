@@ -45,14 +45,13 @@ struct Activation {
 
 // A thread walks over its blocks of pixels, and in each over the sources. While one source is multiplied, the next one
 // is activated and the one after that travels to the cache.
-// kCp: the padded channels where they are known beforehand, or 0.
-template <int kCp> void gate_blocks(const Op &op, const Frame &frame) {
+// kCp: the padded channels where they are known beforehand, or 0. source(j): the j-th of so many sources. scale, shift
+// [sources][Cp]; weight [sources][Cp in][Cp out]; bias [Cp].
+template <int kCp, class Source>
+void gate_blocks(const Frame &frame, const Source &source, i64 sources, const float *scale, const float *shift,
+                 const float *weight, const float *bias, bool accumulate, float *dst) {
   const Shape &shape = frame.shape;
-  const i64 cp = kCp != 0 ? kCp : shape.cp, pixels = shape.n * shape.h * shape.w, sources = op.num_src;
-  const std::int32_t *srcs = reinterpret_cast<const std::int32_t *>(op.srcs);
-  const float *scale = floats(op.scale), *shift = floats(op.shift);     // [num_src][Cp]
-  const float *weight = floats(op.weight_a), *bias = floats(op.bias_a); // [num_src][Cp in][Cp out], [Cp]
-  float *dst = slot_at(frame, op.dst);
+  const i64 cp = kCp != 0 ? kCp : shape.cp, pixels = shape.n * shape.h * shape.w;
   const i64 blocks = ceil_div(pixels, kGatePixels);
 #pragma omp parallel num_threads(frame.threads)
   {
@@ -62,7 +61,7 @@ template <int kCp> void gate_blocks(const Op &op, const Frame &frame) {
     const i64 begin = blocks * thread / team * sources, end = blocks * (thread + 1) / team * sources;
     // Step `at` multiplies source at % sources of block at / sources.
     const auto source_at = [&](i64 at) {
-      return at < end ? slot_at(frame, srcs[at % sources]) + at / sources * kGatePixels * cp : nullptr;
+      return at < end ? source(at % sources) + at / sources * kGatePixels * cp : nullptr;
     };
     const auto activation = [&](i64 at) {
       const i64 j = at % sources, rows = at < end ? smaller(kGatePixels, pixels - at / sources * kGatePixels) : 0;
@@ -77,7 +76,7 @@ template <int kCp> void gate_blocks(const Op &op, const Frame &frame) {
     for (i64 at = begin; at < end; ++at) {
       const i64 j = at % sources, from = at / sources * kGatePixels, rows = smaller(kGatePixels, pixels - from);
       float *sums = dst + from * cp;
-      const bool begins = j == 0 && op.accumulate == 0;
+      const bool begins = j == 0 && !accumulate;
       matmul<true>(scratch + at % 2 * kGatePixels * cp, cp, weight + j * cp * cp, cp, cp, begins ? bias : sums,
                    begins ? 0 : cp, sums, cp, rows, activation(at + 1));
       laps.end_of(kProduct, 2 * rows * cp * cp);
@@ -87,10 +86,11 @@ template <int kCp> void gate_blocks(const Op &op, const Frame &frame) {
 }
 
 inline void gate(const Op &op, const Frame &frame) {
-  if (frame.shape.cp == 64)
-    gate_blocks<64>(op, frame);
-  else
-    gate_blocks<0>(op, frame);
+  const std::int32_t *srcs = reinterpret_cast<const std::int32_t *>(op.srcs);
+  const auto source = [&](i64 j) { return static_cast<const float *>(slot_at(frame, srcs[j])); };
+  const auto blocks = frame.shape.cp == 64 ? gate_blocks<64, decltype(source)> : gate_blocks<0, decltype(source)>;
+  blocks(frame, source, op.num_src, floats(op.scale), floats(op.shift), floats(op.weight_a), floats(op.bias_a),
+         op.accumulate != 0, slot_at(frame, op.dst));
 }
 
 } // namespace memnet::MEMNET_ISA

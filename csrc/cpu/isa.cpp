@@ -4,7 +4,7 @@
 #include "gate.h"
 #include "peak.h"
 #include "reconstruct.h"
-#include "winograd.h"
+#include "unit.h"
 
 #define MEMNET_JOIN(a, b) a##b
 #define MEMNET_TABLE(isa) MEMNET_JOIN(isa, _kernels)
@@ -43,8 +43,11 @@ static void run_op(const Op &op, const Frame &frame) {
 } // namespace MEMNET_ISA
 
 const Kernels &MEMNET_TABLE(MEMNET_ISA)() {
-  static const Kernels table = {MEMNET_NAME(MEMNET_ISA), MEMNET_ISA::scratch_floats, MEMNET_ISA::mid_floats,
-                                MEMNET_ISA::run_op, MEMNET_ISA::multiply_add};
+  static const Kernels table = {MEMNET_NAME(MEMNET_ISA),       MEMNET_ISA::scratch_floats,
+                                MEMNET_ISA::mid_floats,        MEMNET_ISA::run_op,
+                                MEMNET_ISA::multiply_add,      MEMNET_ISA::unit_scratch_floats,
+                                MEMNET_ISA::run_unit_forward,  MEMNET_ISA::run_unit_backward,
+                                MEMNET_ISA::statistics_floats, MEMNET_ISA::run_statistics};
   return table;
 }
 

@@ -1,7 +1,10 @@
 // What one instruction set offers to the runner. Each ISA's translation unit fills one Kernels table.
 #pragma once
 
+#include <string>
+
 #include "../plan.h"
+#include "training.h"
 
 namespace memnet {
 
@@ -40,7 +43,17 @@ struct Kernels {
   std::int64_t (*mid_floats)(const Shape &shape, Algorithm algorithm, int threads); // between convolutions, as above
   void (*run_op)(const Op &op, const Frame &frame);
   std::int64_t (*multiply_add)(int threads, std::int64_t rounds); // see peak.h
+  // Of training.h, or null.
+  std::int64_t (*unit_scratch)(const Unit &unit, bool backward);
+  void (*unit_forward)(const Unit &unit, float *scratch);
+  void (*unit_backward)(const Unit &unit, float *scratch);
+  std::int64_t (*statistics_scratch)(std::int64_t pixels, std::int64_t c);
+  void (*statistics)(const float *x, std::int64_t pixels, std::int64_t c, float *mean, float *var, float *scratch,
+                     int threads);
 };
+
+// The table of an instruction set by its name, or of the best one for "auto". Throws std::invalid_argument.
+const Kernels &choose_kernels(const std::string &isa);
 
 // The tables that were compiled in; whether this machine can run one is for runner.cpp to say.
 const Kernels &baseline_kernels();

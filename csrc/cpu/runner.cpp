@@ -44,21 +44,6 @@ std::vector<const Kernels *> runnable_kernels() {
   return found;
 }
 
-const Kernels &choose_kernels(const std::string &isa) {
-  std::vector<const Kernels *> found = runnable_kernels();
-#ifdef MEMNET_AVX512_BF16
-  if (why_no_bf16().empty())
-    found.push_back(&avx512_bf16_kernels()); // behind the others: "auto" is fp32
-#endif
-  std::string names;
-  for (const Kernels *kernels : found) {
-    if (isa == "auto" || isa == kernels->isa)
-      return *kernels;
-    names += std::string(" ") + kernels->isa;
-  }
-  fail("isa '" + isa + "' is not available; this machine runs: auto" + names);
-}
-
 std::int64_t times(std::int64_t a, std::int64_t b) {
   std::int64_t product;
   require(!__builtin_mul_overflow(a, b, &product), "the workspace size overflows 64 bits");
@@ -163,6 +148,21 @@ struct Checker {
 };
 
 } // namespace
+
+const Kernels &choose_kernels(const std::string &isa) {
+  std::vector<const Kernels *> found = runnable_kernels();
+#ifdef MEMNET_AVX512_BF16
+  if (why_no_bf16().empty())
+    found.push_back(&avx512_bf16_kernels()); // behind the others: "auto" is fp32
+#endif
+  std::string names;
+  for (const Kernels *kernels : found) {
+    if (isa == "auto" || isa == kernels->isa)
+      return *kernels;
+    names += std::string(" ") + kernels->isa;
+  }
+  fail("isa '" + isa + "' is not available; this machine runs: auto" + names);
+}
 
 std::vector<std::string> runnable_isas() {
   std::vector<std::string> names;

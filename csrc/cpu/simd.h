@@ -29,6 +29,10 @@ MEMNET_INLINE vec fnma(vec a, vec b, vec c) { return _mm512_fnmadd_ps(a, b, c); 
 MEMNET_INLINE vec broadcast(float x) { return _mm512_set1_ps(x); }
 // maxps returns its second operand when either is NaN, hence the order.
 MEMNET_INLINE vec relu(vec x) { return _mm512_max_ps(_mm512_setzero_ps(), x); }
+// value where x is above zero or NaN, elsewhere zero: the gradient of relu(x).
+MEMNET_INLINE vec where_positive(vec x, vec value) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLE_UQ), value);
+}
 
 #elif defined(__AVX2__) && defined(__FMA__)
 
@@ -38,6 +42,9 @@ MEMNET_INLINE vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 MEMNET_INLINE vec fnma(vec a, vec b, vec c) { return _mm256_fnmadd_ps(a, b, c); }
 MEMNET_INLINE vec broadcast(float x) { return _mm256_set1_ps(x); }
 MEMNET_INLINE vec relu(vec x) { return _mm256_max_ps(_mm256_setzero_ps(), x); }
+MEMNET_INLINE vec where_positive(vec x, vec value) {
+  return _mm256_and_ps(value, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NLE_UQ));
+}
 
 #elif defined(__SSE2__)
 
@@ -47,6 +54,7 @@ MEMNET_INLINE vec fma(vec a, vec b, vec c) { return a * b + c; }
 MEMNET_INLINE vec fnma(vec a, vec b, vec c) { return c - a * b; }
 MEMNET_INLINE vec broadcast(float x) { return _mm_set1_ps(x); }
 MEMNET_INLINE vec relu(vec x) { return _mm_max_ps(_mm_setzero_ps(), x); }
+MEMNET_INLINE vec where_positive(vec x, vec value) { return _mm_and_ps(value, _mm_cmpnle_ps(x, _mm_setzero_ps())); }
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 
@@ -56,6 +64,9 @@ MEMNET_INLINE vec fma(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
 MEMNET_INLINE vec fnma(vec a, vec b, vec c) { return vfmsq_f32(c, a, b); }
 MEMNET_INLINE vec broadcast(float x) { return vdupq_n_f32(x); }
 MEMNET_INLINE vec relu(vec x) { return vmaxq_f32(x, vdupq_n_f32(0.0f)); } // FMAX propagates NaN
+MEMNET_INLINE vec where_positive(vec x, vec value) {
+  return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(value), vcleq_f32(x, vdupq_n_f32(0.0f))));
+}
 
 #else
 
@@ -69,6 +80,11 @@ MEMNET_INLINE vec relu(vec x) {
   for (int i = 0; i < kLanes; ++i)
     x[i] = x[i] < 0.0f ? 0.0f : x[i];
   return x;
+}
+MEMNET_INLINE vec where_positive(vec x, vec value) {
+  for (int i = 0; i < kLanes; ++i)
+    value[i] = x[i] <= 0.0f ? 0.0f : value[i];
+  return value;
 }
 
 #endif

@@ -79,10 +79,8 @@ MEMNET_INLINE i64 ring_columns(const Tiling &t, i64 w) {
 // The rows of a stage and the row above it.
 MEMNET_INLINE i64 seam_rows(const Tiling &t) { return t.tall * kTile + 1; }
 
-// Transformed tiles [kPoints][floats_per_point], one tile before its transform [kPoints][Cp], a copy of one matrix.
-MEMNET_INLINE i64 group_scratch(const Tiling &t, i64 cp) {
-  return kPoints * floats_per_point(cp) + (kPoints + t.group) * cp;
-}
+// Transformed tiles [kPoints][floats_per_point], a copy of one matrix.
+MEMNET_INLINE i64 group_scratch(const Tiling &t, i64 cp) { return kPoints * floats_per_point(cp) + t.group * cp; }
 
 MEMNET_INLINE i64 winograd_scratch(const Shape &shape, i64 threads) {
   const Tiling t = tiling(shape, threads);
@@ -165,20 +163,10 @@ template <Stage kStage, int kCp>
 void winograd_group(const Shape &shape, const Tiling &t, const Group &group, const Plane &src, const Plane &dst,
                     const Plane &skip, const Conv &conv, float *scratch, Laps &laps) {
   const i64 cp = kCp != 0 ? kCp : shape.cp, point_stride = floats_per_point(cp);
-  float *points = scratch, *edge = points + kPoints * point_stride, *copy = edge + kPoints * cp;
-  for (i64 i = 0; i < group.count; ++i) {
-    const i64 y0 = group.y(i) - 1, x0 = group.x(i) - 1;
-    float *tile = points + i * cp;
-    if (y0 < 0 || x0 < 0 || y0 + kSpan > shape.h || x0 + kSpan > shape.w) {
-      transform_edge<kStage == Stage::kFirst>(src, y0, x0, shape.h, shape.w, cp, conv.scale, conv.shift, edge, tile,
-                                              point_stride);
-      continue;
-    }
-    const float *rows[kSpan];
-    for (i64 y = 0; y < kSpan; ++y)
-      rows[y] = pixel_at(src, y0 + y, x0, cp);
-    transform_input<kStage == Stage::kFirst>(rows, cp, conv.scale, conv.shift, tile, point_stride);
-  }
+  float *points = scratch, *copy = points + kPoints * point_stride;
+  for (i64 i = 0; i < group.count; ++i)
+    transform_input<activates(kStage)>(src, group.y(i) - 1, group.x(i) - 1, shape.h, shape.w, cp, conv.scale,
+                                       conv.shift, points + i * cp, point_stride);
   laps.end_of(kInput);
   for (i64 k = 0; k < kPoints; ++k) {
     float *matrix = points + k * point_stride;
@@ -189,8 +177,8 @@ void winograd_group(const Shape &shape, const Tiling &t, const Group &group, con
         store(copy + i, load(matrix + i));
       input = copy;
     }
-    const Ahead ahead = kStage == Stage::kSecond ? upcoming_output(k, t, group, shape, skip, dst)
-                                                 : upcoming_input(k, t, group, shape, src);
+    const Ahead ahead =
+        skips(kStage) ? upcoming_output(k, t, group, shape, skip, dst) : upcoming_input(k, t, group, shape, src);
     matmul<false>(input, cp, conv.weight + k * cp * cp, cp, cp, nullptr, 0, matrix, cp, group.count, ahead);
   }
   laps.end_of(kProduct, 2 * kPoints * group.count * cp * cp);
@@ -198,15 +186,15 @@ void winograd_group(const Shape &shape, const Tiling &t, const Group &group, con
     const i64 y0 = group.y(i), x0 = group.x(i);
     const i64 height = smaller(kTile, shape.h - y0), width = smaller(kTile, shape.w - x0);
     float *rows[kTile];
-    const float *skips[kTile];
+    const float *skip_rows[kTile];
     for (i64 y = 0; y < height; ++y) {
       rows[y] = pixel_at(dst, y0 + y, x0, cp);
-      skips[y] = kStage == Stage::kFirst ? nullptr : pixel_at(skip, y0 + y, x0, cp);
+      skip_rows[y] = skips(kStage) ? pixel_at(skip, y0 + y, x0, cp) : nullptr;
     }
     if (height == kTile && width == kTile)
-      transform_output<kStage>(points + i * cp, point_stride, cp, conv.bias, rows, skips, kTile, kTile);
+      transform_output<kStage>(points + i * cp, point_stride, cp, conv.bias, rows, skip_rows, kTile, kTile);
     else
-      transform_output<kStage>(points + i * cp, point_stride, cp, conv.bias, rows, skips, height, width);
+      transform_output<kStage>(points + i * cp, point_stride, cp, conv.bias, rows, skip_rows, height, width);
   }
   laps.end_of(kOutput);
 }

@@ -53,10 +53,27 @@ MEMNET_INLINE void output_points(const vec (&m)[kSpan], vec (&y)[kTile]) {
   y[5] = fma(broadcast(0.03125f), v, fma(broadcast(32.0f), s, q)) + m[7];
 }
 
-// rows: kSpan pixels from each of kSpan rows; points: [kPoints] matrices point_stride apart, at this tile's row.
-template <bool kActivate>
-MEMNET_INLINE void transform_input(const float *const (&rows)[kSpan], i64 cp, const float *scale, const float *shift,
-                                   float *points, i64 point_stride) {
+// Which of a tile's kSpan x kSpan input pixels lie in the image.
+struct Inside {
+  i64 top, bottom, left, right;
+};
+
+MEMNET_INLINE Inside inside_of(i64 y0, i64 x0, i64 h, i64 w) {
+  return {y0 < 0 ? -y0 : 0, smaller(kSpan, h - y0), x0 < 0 ? -x0 : 0, smaller(kSpan, w - x0)};
+}
+
+MEMNET_INLINE bool is_whole(const Inside &inside) {
+  return inside.top == 0 && inside.left == 0 && inside.bottom == kSpan && inside.right == kSpan;
+}
+
+// points: [kPoints] matrices point_stride apart, at this tile's row. (y0, x0): the tile's first input pixel. Pixels
+// outside the image are zero after the activation; kWhole: there are none.
+template <bool kActivate, bool kWhole>
+MEMNET_INLINE void transform_pixels(const Plane &src, i64 y0, i64 x0, const Inside &inside, i64 cp, const float *scale,
+                                    const float *shift, float *points, i64 point_stride) {
+  const float *rows[kSpan];
+  for (i64 y = 0; y < kSpan; ++y)
+    rows[y] = kWhole || (y >= inside.top && y < inside.bottom) ? pixel_at(src, y0 + y, x0, cp) : nullptr;
   for (i64 c = 0; c < cp; c += kLanes) {
     vec columns[kSpan][kSpan];
     vec s = zero(), t = zero();
@@ -66,12 +83,16 @@ MEMNET_INLINE void transform_input(const float *const (&rows)[kSpan], i64 cp, co
     }
 #pragma GCC unroll 8
     for (int x = 0; x < kSpan; ++x) {
+      const bool column = kWhole || (x >= inside.left && x < inside.right);
       vec d[kSpan], u[kSpan];
 #pragma GCC unroll 8
       for (int y = 0; y < kSpan; ++y) {
-        d[y] = load(rows[y] + x * cp + c);
-        if constexpr (kActivate)
-          d[y] = relu(fma(d[y], s, t));
+        d[y] = zero();
+        if (kWhole || (column && rows[y] != nullptr)) {
+          d[y] = load(rows[y] + x * cp + c);
+          if constexpr (kActivate)
+            d[y] = relu(fma(d[y], s, t));
+        }
       }
       input_points(d, u);
 #pragma GCC unroll 8
@@ -89,36 +110,21 @@ MEMNET_INLINE void transform_input(const float *const (&rows)[kSpan], i64 cp, co
   }
 }
 
-// The same for a tile that crosses the edge of an image of h x w: its activated pixels with their zero padding are laid
-// out in edge [kPoints][Cp] first. (y0, x0): the tile's first input pixel.
+// B^T d B of one tile of an image of h x w.
 template <bool kActivate>
-void transform_edge(const Plane &src, i64 y0, i64 x0, i64 h, i64 w, i64 cp, const float *scale, const float *shift,
-                    float *edge, float *points, i64 point_stride) {
-  const float *rows[kSpan];
-  for (i64 y = 0; y < kSpan; ++y) {
-    float *row = edge + y * kSpan * cp;
-    rows[y] = row;
-    for (i64 x = 0; x < kSpan; ++x) {
-      const bool inside = y0 + y >= 0 && y0 + y < h && x0 + x >= 0 && x0 + x < w;
-      const float *pixel = inside ? pixel_at(src, y0 + y, x0 + x, cp) : nullptr;
-      for (i64 c = 0; c < cp; c += kLanes) {
-        vec value = zero();
-        if (inside) {
-          value = load(pixel + c);
-          if constexpr (kActivate)
-            value = relu(fma(value, load(scale + c), load(shift + c)));
-        }
-        store(row + x * cp + c, value);
-      }
-    }
-  }
-  transform_input<false>(rows, cp, scale, shift, points, point_stride);
+MEMNET_INLINE void transform_input(const Plane &src, i64 y0, i64 x0, i64 h, i64 w, i64 cp, const float *scale,
+                                   const float *shift, float *points, i64 point_stride) {
+  const Inside inside = inside_of(y0, x0, h, w);
+  if (is_whole(inside))
+    transform_pixels<kActivate, true>(src, y0, x0, inside, cp, scale, shift, points, point_stride);
+  else
+    transform_pixels<kActivate, false>(src, y0, x0, inside, cp, scale, shift, points, point_stride);
 }
 
 // Writes height x width of the tile's outputs, with bias and what else the stage ends with.
 template <Stage kStage>
 MEMNET_INLINE void transform_output(const float *points, i64 point_stride, i64 cp, const float *bias,
-                                    float *const (&rows)[kTile], const float *const (&skips)[kTile], i64 height,
+                                    float *const (&rows)[kTile], const float *const (&skip)[kTile], i64 height,
                                     i64 width) {
   for (i64 c = 0; c < cp; c += kLanes) {
     vec columns[kTile][kSpan];
@@ -145,7 +151,10 @@ MEMNET_INLINE void transform_output(const float *points, i64 point_stride, i64 c
         if (x >= width)
           break;
         const vec value = u[x] + b;
-        store(rows[y] + x * cp + c, kStage == Stage::kFirst ? relu(value) : value + load(skips[y] + x * cp + c));
+        if constexpr (skips(kStage))
+          store(rows[y] + x * cp + c, value + load(skip[y] + x * cp + c));
+        else
+          store(rows[y] + x * cp + c, rectifies(kStage) ? relu(value) : value);
       }
     }
   }

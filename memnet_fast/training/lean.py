@@ -11,6 +11,9 @@ In 16 bit a gate rounds each of its partial sums, and adds them in float32; the 
 What lies between the convolutions are three functions of one feature map: its statistics, BN with ReLU, and their gradient.
 The first is one pass over the map already; of the others `compiled` lets torch.compile make one kernel each where eager PyTorch
 runs several, each of which reads and writes the map. Small graphs compile in seconds, the whole network takes minutes.
+
+On CPUs, `native` has the package's own kernels compute whole units (training.units): Winograd forwards and backwards, with BN and
+ReLU in its transforms, so that not even what BN and ReLU make of a map is written.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from memnet_fast.errors import InputError
 from memnet_fast.reference import FLOATS, BNReLUConv, MemNet, MemoryBlock, check_input
+from memnet_fast.training import units
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,6 +94,7 @@ class _Pieces:
     statistics: Callable[[Tensor], tuple[Tensor, Tensor]] = _statistics
     activate: Callable[..., Tensor] = _activate
     gradients: Callable[..., tuple[Tensor, Tensor, Tensor]] = _gradients
+    scratch: units.Scratch | None = None  # then the native kernels compute what they can, and the rest is float32
 
     def of(self, x: Tensor) -> _Pieces:
         """The network's input has few channels: next to nothing to compute, but another shape to compile for."""
@@ -224,8 +229,6 @@ def _parts(slots: Sequence[Tensor]) -> list[slice]:
 
 def _unit(bn: nn.BatchNorm2d, conv: nn.Conv2d, slots: Sequence[_Slot], pieces: _Pieces, skip: Tensor | None = None) -> Tensor:
     """What BNReLUConv(concatenation of slots) + skip computes, running statistics included."""
-    device = conv.weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else conv.weight.dtype
     x = slots[0].x
     if bn.training:
         mean = torch.cat([s.mean for s in slots if s.mean is not None])
@@ -235,7 +238,11 @@ def _unit(bn: nn.BatchNorm2d, conv: nn.Conv2d, slots: Sequence[_Slot], pieces: _
     else:
         assert bn.running_mean is not None and bn.running_var is not None
         mean, var = bn.running_mean, bn.running_var
-    maps = (s.x for s in slots)
+    maps = [s.x for s in slots]
+    if pieces.scratch is not None and units.computes(conv, maps):
+        return units.unit(bn, conv, maps, mean, var, skip, pieces.scratch)
+    device = conv.weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else conv.weight.dtype
     how = bn.eps, bn.training, dtype, pieces
     return _Unit.apply(conv.weight, conv.bias, bn.weight, bn.bias, skip, mean, var, *how, *maps)
 
@@ -266,21 +273,34 @@ def _memory_block(block: MemoryBlock, long: list[_Slot], pieces: _Pieces) -> _Sl
     return _Slot.of(_unit(block.gate.bn, block.gate.conv, order, pieces), block.training, pieces)
 
 
-def heads(net: MemNet, x: Tensor, compiled: bool = False) -> list[Tensor]:
+def heads(net: MemNet, x: Tensor, compiled: bool = False, native: bool = False) -> list[Tensor]:
     """What net.heads(x) returns, with the same gradients and the same effect on running statistics, in less memory.
 
     x: as for the network; under autocast the convolutions compute in its dtype, as they do in the reference. Not twice
     differentiable. compiled: with kernels of torch.compile, see above; `check_compiler` says beforehand whether there is one.
+    native: with the package's own kernels, see above; then autocast changes nothing.
     Raises InputError for inputs that the network refuses, and for a network whose batch normalisations are
     no nn.BatchNorm2d with running statistics (nn.SyncBatchNorm: statistics here are those of one process), or are partly in
-    training mode.
+    training mode; with native, also for a network that those kernels cannot train.
     """
     weight = net.first.conv.weight
-    autocast = torch.is_autocast_enabled(weight.device.type)
+    device = weight.device.type
+    autocast = torch.is_autocast_enabled(device)
     check_input(x, net.config, FLOATS if autocast else (weight.dtype,), weight.device)
     _check_norms(net)
+    if not native:
+        return _heads(net, x, _compiled() if compiled else _EAGER)
+    missing = "torch.compile makes others" if compiled else units.why_not(net)
+    if missing:
+        raise InputError(f"the native kernels cannot train this network: {missing}")
+    scratch = units.Scratch()
+    statistics = functools.partial(units.statistics, scratch=scratch)
+    with torch.autocast(device, enabled=False):
+        return _heads(net, x.to(weight.dtype), _Pieces(statistics, scratch=scratch))
+
+
+def _heads(net: MemNet, x: Tensor, pieces: _Pieces) -> list[Tensor]:
     train = net.training
-    pieces = _compiled() if compiled else _EAGER
     long = [_Slot.of(_bn_relu_conv(net.first, x, pieces), train, pieces)]
     for block in net.blocks:
         long.append(_memory_block(block, long, pieces))  # type: ignore[arg-type]

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, IterableDataset
 
-from memnet_fast.errors import CheckpointMismatch, NumericError
+from memnet_fast.errors import CheckpointMismatch, InputError, NumericError
 from memnet_fast.reference import MemNet
-from memnet_fast.training import lean
+from memnet_fast.training import lean, units
 from memnet_fast.training.losses import multi_supervised
 from memnet_fast.training.recipe import Recipe
 from memnet_fast.training.samples import ImageSet, sample_batch
@@ -62,11 +62,8 @@ class StageModule(lightning.LightningModule):
         self._images: ImageSet | None = None
         self._micro = 0
         self._losses: list[Tensor] = []
-        self._heads: Callable[[MemNet, Tensor], list[Tensor]]
-        if self.stage.memory == "lean":
-            self._heads = functools.partial(lean.heads, compiled=self.stage.compile)
-        else:
-            self._heads = torch.compile(_plain_heads) if self.stage.compile else _plain_heads
+        self.kernels = ""  # "native" or "torch", once the device is known
+        self._heads: Callable[[MemNet, Tensor], list[Tensor]] = _plain_heads
 
     @property
     def ended(self) -> bool:
@@ -132,10 +129,23 @@ class StageModule(lightning.LightningModule):
         return DataLoader(_Ticks(), batch_size=None)
 
     def on_fit_start(self) -> None:
-        if self.stage.compile:
-            lean.check_compiler(self.device)
+        self._choose_kernels()
         self._images = ImageSet(self._source, self.recipe.levels, self.stage.patch, self.device, self.stage.jpeg)
         self._clock = time.monotonic()
+
+    def _choose_kernels(self) -> None:
+        stage = self.stage
+        missing = units.why_not(self.net)
+        if stage.kernels == "native" and missing:
+            raise InputError(f"kernels = 'native' cannot train here: {missing}")
+        auto = stage.kernels == "auto" and stage.memory == "lean" and not stage.compile and not missing
+        self.kernels = "native" if auto else stage.kernels.replace("auto", "torch")
+        if stage.compile:
+            lean.check_compiler(self.device)
+        if stage.memory == "lean":
+            self._heads = functools.partial(lean.heads, compiled=stage.compile, native=self.kernels == "native")
+        elif stage.compile:
+            self._heads = torch.compile(_plain_heads)
 
     def on_train_start(self) -> None:
         if self._optimizer_state is not None:

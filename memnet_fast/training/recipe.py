@@ -38,6 +38,7 @@ _CHOICES = {
     "loss": tuple(DISTANCES),
     "precision": ("fp32", "bf16"),
     "memory": ("lean", "plain"),
+    "kernels": ("auto", "native", "torch"),
     "jpeg": ("auto", "file", "device"),
 }
 
@@ -58,6 +59,8 @@ class Stage:
     statistics of batch normalisation are taken anew for validation and result; 0 keeps the running ones.
     loss: "charbonnier" or "square" (see training.losses). precision: "fp32" (by PyTorch's default, CUDA's convolutions
     round to TF32) or "bf16" for autocast. memory: "lean" (see training.lean) or "plain".
+    kernels: "native" (training.units: on CPUs, in float32 whatever the precision), "torch", or "auto", native where that can be
+    (on a CPU, "lean", without compile) and else torch.
     channels_last, compile: the memory format, and torch.compile (of what lies between the convolutions where memory is
     "lean", of the network where it is "plain"). jpeg: "file" compresses samples with Pillow, on the CPU; "device" by the same
     arithmetic on the device, equal but for rare roundings; "auto" is "device" on a GPU and "file" on the CPU.
@@ -83,6 +86,7 @@ class Stage:
     loss: str = "charbonnier"
     precision: str = "bf16"
     memory: str = "lean"
+    kernels: str = "auto"
     channels_last: bool = True
     compile: bool = False
     jpeg: str = "auto"
@@ -110,6 +114,8 @@ class Stage:
             raise InputError("clip_by_lr divides by lr, which must not be 0")
         if self.memory == "lean" and self.sync_batchnorm:
             raise InputError("sync_batchnorm needs memory = 'plain': the lean path takes the statistics of one process")
+        if self.kernels == "native" and (self.memory != "lean" or self.compile):
+            raise InputError("kernels = 'native' needs memory = 'lean' and compile = false")
 
     def rate(self, step: int, seconds: float = 0.0) -> float:
         """The learning rate of a step, counted from 0. seconds: of training before it; they count where there are `minutes`."""
@@ -128,7 +134,8 @@ class Stage:
 @dataclass(frozen=True)
 class Recipe:
     """data, validation, output, init: paths, "" for none. seed: of everything random. head_start: the value at which all w_m
-    of a new network start; 0 for 1 / M. validate_every: steps between validations, 0 for one at the end of each stage.
+    of a new network start; 0 for 1 / M. identity_start: whether the reconstruction of a new network starts at zero, so that
+    the network begins as the identity, rather than as its random weights have it. validate_every: steps between validations, 0 for one at the end of each stage.
     save_minutes: between checkpoints. log_every: steps between lines of the log."""
 
     task: str
@@ -141,6 +148,7 @@ class Recipe:
     init: str = ""
     seed: int = 0
     head_start: float = 0.0
+    identity_start: bool = False
     validate_every: int = 0
     save_minutes: float = 5.0
     log_every: int = 50

@@ -287,6 +287,9 @@ class _Run:
             net = MemNet.on_cpu(config)
             if self.recipe.head_start and net.head_weights is not None:
                 torch.nn.init.constant_(net.head_weights, self.recipe.head_start)
+            if self.recipe.identity_start:
+                for parameter in net.recon.parameters():
+                    torch.nn.init.zeros_(parameter)
             return net, None
         net, self.history = load_result(bundled().get(self.recipe.init) or Path(self.recipe.init).expanduser())
         net = grow(net, first)
@@ -441,6 +444,7 @@ class _Run:
             "images": len(self.images),
             "images_sha256": self.digest,
             "device": device,
+            "kernels": module.kernels,
             "processes": self.hardware.devices * self.hardware.nodes,
             "hours": round(module.elapsed() / 3600, 3),
             "program": __version__,
@@ -474,6 +478,8 @@ class _Watch(Callback):
         self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        native = "native kernels, fp32" if pl_module.kernels == "native" else f"PyTorch's kernels, {pl_module.stage.precision}"
+        self._run._say(pl_module, native)
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
