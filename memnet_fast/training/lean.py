@@ -12,8 +12,8 @@ What lies between the convolutions are three functions of one feature map: its s
 The first is one pass over the map already; of the others `compiled` lets torch.compile make one kernel each where eager PyTorch
 runs several, each of which reads and writes the map. Small graphs compile in seconds, the whole network takes minutes.
 
-On CPUs, `native` has the package's own kernels compute whole units (training.units): Winograd forwards and backwards, with BN and
-ReLU in its transforms, so that not even what BN and ReLU make of a map is written.
+On CPUs, `native` has the package's own kernels compute whole units (training.units): Winograd forwards and backwards, with BN
+and ReLU in its transforms, so that not even what BN and ReLU make of a map is written.
 """
 
 from __future__ import annotations

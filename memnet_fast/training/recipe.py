@@ -135,8 +135,8 @@ class Stage:
 class Recipe:
     """data, validation, output, init: paths, "" for none. seed: of everything random. head_start: the value at which all w_m
     of a new network start; 0 for 1 / M. identity_start: whether the reconstruction of a new network starts at zero, so that
-    the network begins as the identity, rather than as its random weights have it. validate_every: steps between validations, 0 for one at the end of each stage.
-    save_minutes: between checkpoints. log_every: steps between lines of the log."""
+    the network begins as the identity, rather than with random weights. validate_every: steps between validations, 0 for one
+    at the end of each stage. save_minutes: between checkpoints. log_every: steps between lines of the log."""
 
     task: str
     levels: Levels
