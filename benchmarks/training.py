@@ -1,9 +1,10 @@
-"""Training steps of the plain reference and of the memory-lean path (eager, compiled):  python -m benchmarks.training
+"""Training steps of the plain reference and of the memory-lean path (eager, compiled, native):  python -m benchmarks.training
 
 Writes training.json (of a GPU: training-gpu.json) into benchmarks/results/<cpu>/. Each way runs in a process of its own, so
 that its peak memory is its own (VmHWM on the CPU, the allocator's peak on a GPU); timed steps alternate between the processes,
 so that a busy machine slows both. A step is forward, loss, backward and the optimiser's step, under autocast to bfloat16,
-channels_last.
+channels_last; the native kernels, for CPUs alone, compute in float32 all the same. All CPU processes keep freed memory, as
+`memnet train` does: what the system hands out again page by page would cost the plain reference most.
 
     python -m benchmarks.training [DEVICE [BATCH [PATCH [ROUNDS]]]]
 """
@@ -11,6 +12,7 @@ channels_last.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -20,13 +22,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.device import results_folder
+from memnet_fast.bench.peers import KEEP_PAGES
 from memnet_fast.config import MemNetConfig
 from memnet_fast.files import write_whole
 from memnet_fast.reference import MemNet
 from memnet_fast.training import lean
 from memnet_fast.training.losses import multi_supervised
 
-WAYS = ("plain", "lean", "lean compiled")
+WAYS = ("plain", "lean", "lean compiled", "native")
 
 
 def _peak_mib(device: str) -> float:
@@ -52,7 +55,7 @@ def _worker(way: str, device: str, batch: int, patch: int) -> None:
             continue
         start, start_cpu = time.perf_counter(), time.process_time()
         with torch.autocast(device.split(":")[0], torch.bfloat16):
-            heads = net.heads(x) if way == "plain" else lean.heads(net, x, compiled=way.endswith("compiled"))
+            heads = net.heads(x) if way == "plain" else lean.heads(net, x, way == "lean compiled", way == "native")
             loss = multi_supervised(heads, net.head_weights, x, "charbonnier")
         loss.backward()
         optimizer.step()
@@ -65,27 +68,29 @@ def _worker(way: str, device: str, batch: int, patch: int) -> None:
 def main(device: str = "cpu", batch: int = 8, patch: int = 64, rounds: int = 7) -> int:
     arguments = [device, str(batch), str(patch)]
     command = [sys.executable, "-m", "benchmarks.training", "--worker"]
+    ways = [way for way in WAYS if way != "native" or device == "cpu"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[1]}
-    workers = {way: subprocess.Popen([*command, way, *arguments], **pipes) for way in WAYS}  # type: ignore[call-overload]
+    pipes["env"] = {**os.environ, **KEEP_PAGES}
+    workers = {way: subprocess.Popen([*command, way, *arguments], **pipes) for way in ways}  # type: ignore[call-overload]
 
     def ask(way: str, what: str) -> dict[str, float]:
         workers[way].stdin.write(what + "\n")
         workers[way].stdin.flush()
         return json.loads(workers[way].stdout.readline())
 
-    for way in WAYS:  # the first step compiles, and makes its workspaces
+    for way in ways:  # the first step compiles, and makes its workspaces
         ask(way, "step")
-    answers: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    answers: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(rounds):
-        for way in WAYS:
+        for way in ways:
             answers[way].append(ask(way, "step"))
     rows = []
-    for way in WAYS:
+    for way in ways:
         memory = ask(way, "memory")
         workers[way].stdin.close()
         workers[way].wait()
-        seconds = {w: torch.tensor([a["seconds"] for a in answers[w]]) for w in WAYS}
-        cpu = {w: torch.tensor([a["cpu_seconds"] for a in answers[w]]) for w in WAYS}
+        seconds = {w: torch.tensor([a["seconds"] for a in answers[w]]) for w in ways}
+        cpu = {w: torch.tensor([a["cpu_seconds"] for a in answers[w]]) for w in ways}
         pairs = seconds["plain"] / seconds[way]
         row = {"way": way, "median_ms": 1000 * float(seconds[way].median()), "rounds": rounds, **memory}
         row["cpu_time_to_plain"] = float(cpu[way].median() / cpu["plain"].median())

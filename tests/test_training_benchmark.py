@@ -13,7 +13,7 @@ from benchmarks import training
 
 def test_rows_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "results_folder", lambda: tmp_path)
-    monkeypatch.setattr(training, "WAYS", ("plain", "lean compiled" if shutil.which("g++") else "lean"))
+    monkeypatch.setattr(training, "WAYS", ("plain", "lean compiled" if shutil.which("g++") else "lean", "native"))
     assert training.main("cpu", 1, 8, 2) == 0
     stored = json.loads((tmp_path / "training.json").read_text())
     assert [row["way"] for row in stored["rows"]] == list(training.WAYS) and stored["about"]["patch"] == 8

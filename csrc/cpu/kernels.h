@@ -55,6 +55,10 @@ struct Kernels {
 // The table of an instruction set by its name, or of the best one for "auto". Throws std::invalid_argument.
 const Kernels &choose_kernels(const std::string &isa);
 
+// Huge pages: 4 KB pages would fault tens of thousands of times in the first call, and the 64 points of a transform lie
+// on more pages than the first-level TLB holds. A hint; where it is refused, nothing changes but the time.
+void prefer_huge_pages(void *workspace, std::int64_t bytes);
+
 // The tables that were compiled in; whether this machine can run one is for runner.cpp to say.
 const Kernels &baseline_kernels();
 #ifdef MEMNET_X86

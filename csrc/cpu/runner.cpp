@@ -83,23 +83,6 @@ Layout lay_out(const Shape &shape, Algorithm algorithm, const Kernels &kernels, 
   return layout;
 }
 
-// Huge pages: 4 KB pages would fault tens of thousands of times in the first call, and the 64 points of a transform lie
-// on more pages than the first-level TLB holds. A hint; where it is refused, nothing changes but the time.
-void prefer_huge_pages(void *workspace, std::int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-  constexpr std::int64_t huge_page = 1 << 21;
-  if (bytes < 2 * huge_page)
-    return;
-  const std::uintptr_t first = reinterpret_cast<std::uintptr_t>(workspace) / page * page;
-  const std::uintptr_t last = (reinterpret_cast<std::uintptr_t>(workspace) + bytes + page - 1) / page * page;
-  madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)workspace;
-  (void)bytes;
-#endif
-}
-
 // One operation's arguments against the plan; `where` names the operation in messages.
 struct Checker {
   const Shape &shape;
@@ -148,6 +131,21 @@ struct Checker {
 };
 
 } // namespace
+
+void prefer_huge_pages(void *workspace, std::int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+  constexpr std::int64_t huge_page = 1 << 21;
+  if (bytes < 2 * huge_page)
+    return;
+  const std::uintptr_t first = reinterpret_cast<std::uintptr_t>(workspace) / page * page;
+  const std::uintptr_t last = (reinterpret_cast<std::uintptr_t>(workspace) + bytes + page - 1) / page * page;
+  madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)workspace;
+  (void)bytes;
+#endif
+}
 
 const Kernels &choose_kernels(const std::string &isa) {
   std::vector<const Kernels *> found = runnable_kernels();

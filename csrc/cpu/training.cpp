@@ -75,6 +75,7 @@ void unit_forward(const Unit &unit, float *scratch, std::int64_t floats, const s
   require(good(unit.bias) && good(unit.out), "the bias or the output is null or not aligned to 4 bytes");
   require(unit.skip == nullptr || (unit.kernel == 3 && unit.outputs == 0 && good(unit.skip)),
           "a skip belongs to a 3x3 convolution from map to map and is aligned to 4 bytes");
+  prefer_huge_pages(scratch, floats * static_cast<std::int64_t>(sizeof(float)));
   training_kernels(isa).unit_forward(unit, scratch);
 }
 
@@ -87,6 +88,7 @@ void unit_backward(const Unit &unit, float *scratch, std::int64_t floats, const 
     require(good(pointer), "a gradient is null or not aligned to 4 bytes");
   for (std::int64_t j = 0; j < unit.sources; ++j)
     require(good(unit.grad_x[j]), "the gradient of a source is null or not aligned to 4 bytes");
+  prefer_huge_pages(scratch, floats * static_cast<std::int64_t>(sizeof(float)));
   training_kernels(isa).unit_backward(unit, scratch);
 }
 

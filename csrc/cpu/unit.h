@@ -397,7 +397,8 @@ MEMNET_INLINE void gradient_points(const vec (&d)[kTile], vec (&t)[kSpan]) {
 }
 
 // A g A^T of one tile, of which height x width pixels lie in the image. g: its first pixel.
-inline void transform_gradient(const float *g, i64 pitch, i64 c, i64 height, i64 width, float *points, i64 stride) {
+MEMNET_INLINE void transform_gradient(const float *g, i64 pitch, i64 c, i64 height, i64 width, float *points,
+                                      i64 stride) {
   for (i64 v = 0; v < c; v += kLanes) {
     vec columns[kSpan][kTile];
 #pragma GCC unroll 6

@@ -197,12 +197,15 @@ def load_recipe(source: str | os.PathLike[str], overrides: tuple[str, ...] = ())
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What a training would change that is continued with another recipe: lines "key: old -> new"."""
     if "stages" in old:  # what an older program did not know was as it is by default
-        defaults = {f.name: f.default for f in dataclasses.fields(Stage) if f.default is not dataclasses.MISSING}
-        old = {**old, "stages": [{**defaults, **stage} for stage in old["stages"]]}
+        old = {**_defaults(Recipe), **old, "stages": [{**_defaults(Stage), **stage} for stage in old["stages"]]}
     before, after = _flat(_plain(old)), _flat(_plain(new))
     keys = [k for k in (*before, *(k for k in after if k not in before)) if k.split(".")[0] not in (*_FREE, "name")]
     shown = [(k, before.get(k, "nothing"), after.get(k, "nothing")) for k in keys]
     return [f"{k}: {a} -> {b}" for k, a, b in shown if a != b]
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    return {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
 
 
 def _plain(value: Any) -> Any:
