@@ -3,7 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
+#include <limits>
+#include <string>
 #include <vector>
 
 #include "cpu/runner.h"
@@ -64,7 +67,13 @@ struct PyUnit {
 
   explicit PyUnit(const py::dict &fields) {
     const auto number = [&](const char *name) {
-      return fields.contains(name) ? fields[name].cast<std::uint64_t>() : std::uint64_t{0};
+      if (!fields.contains(name))
+        return std::uint64_t{0};
+      try {
+        return fields[name].cast<std::uint64_t>();
+      } catch (const py::cast_error &) {
+        throw std::invalid_argument(std::string(name) + " must be a whole number from 0 on");
+      }
     };
     const auto pointer = [&](const char *name) { return reinterpret_cast<float *>(number(name)); };
     const auto size = [&](const char *name) { return static_cast<std::int64_t>(number(name)); };
@@ -74,7 +83,8 @@ struct PyUnit {
     unit.c = size("c");
     unit.kernel = size("kernel");
     unit.outputs = size("outputs");
-    unit.threads = static_cast<int>(size("threads"));
+    // Too many for an int are too many.
+    unit.threads = static_cast<int>(std::min<std::uint64_t>(number("threads"), std::numeric_limits<int>::max()));
     for (const py::handle address : fields["x"])
       x.push_back(reinterpret_cast<const float *>(address.cast<std::uint64_t>()));
     if (fields.contains("grad_x"))

@@ -627,11 +627,26 @@ static void run_unit_backward(const Unit &unit, float *scratch) {
     unit.c == 64 ? backward_1x1<64>(unit, s, m) : backward_1x1<0>(unit, s, m);
 }
 
-static i64 statistics_floats(i64 pixels, i64 c) { return count_parts(pixels) * 2 * c; }
+static i64 statistics_floats(i64 pixels, i64 c) { return (count_parts(pixels) * 2 + 1) * c; }
 
-// Relative to the first pixel, so that a mean far from zero costs no digits. parts: [count][2][C].
+// What sums are taken relative to, so that a mean far from zero costs no digits: the mean of a few pixels, of which
+// hardly any is far from it. Not at every count-th part, which in a batch of 64 would be corners of images, all of
+// them.
+inline void choose_origin(const float *x, i64 pixels, i64 c, float *origin) {
+  const i64 count = smaller(pixels, kMaxParts);
+  for (i64 v = 0; v < c; v += kLanes) {
+    vec sum = zero();
+    for (i64 i = 0; i < count; ++i)
+      sum = fma(broadcast(1.0f / static_cast<float>(count)), load(x + pixels * (i + 1) / (count + 1) * c + v), sum);
+    store(origin + v, sum);
+  }
+}
+
+// parts: [count][2][C], and [C] of the origin.
 static void run_statistics(const float *x, i64 pixels, i64 c, float *mean, float *var, float *parts, int threads) {
   const i64 count = count_parts(pixels);
+  float *origin = parts + count * 2 * c;
+  choose_origin(x, pixels, c, origin);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (i64 part = 0; part < count; ++part) {
     const i64 first = pixels * part / count, last = pixels * (part + 1) / count;
@@ -639,10 +654,10 @@ static void run_statistics(const float *x, i64 pixels, i64 c, float *mean, float
     clear(sums, 2 * c);
     for (i64 from = first; from < last; from += kGatePixels)
       for (i64 v = 0; v < c; v += kLanes) {
-        const vec origin = load(x + v);
+        const vec start = load(origin + v);
         vec sum = zero(), squares = zero();
         for (i64 pixel = from; pixel < smaller(last, from + kGatePixels); ++pixel) {
-          const vec value = load(x + pixel * c + v) - origin;
+          const vec value = load(x + pixel * c + v) - start;
           sum = sum + value;
           squares = fma(value, value, squares);
         }
@@ -657,7 +672,7 @@ static void run_statistics(const float *x, i64 pixels, i64 c, float *mean, float
       squares += parts[part * 2 * c + c + v];
     }
     const double offset = sum / static_cast<double>(pixels), spread = squares / static_cast<double>(pixels);
-    mean[v] = static_cast<float>(x[v] + offset);
+    mean[v] = static_cast<float>(origin[v] + offset);
     const double variance = spread - offset * offset;
     var[v] = static_cast<float>(variance < 0.0 ? 0.0 : variance);
   }
