@@ -3,8 +3,8 @@
 Writes training.json (of a GPU: training-gpu.json) into benchmarks/results/<cpu>/. Each way runs in a process of its own, so
 that its peak memory is its own (VmHWM on the CPU, the allocator's peak on a GPU); timed steps alternate between the processes,
 so that a busy machine slows both. A step is forward, loss, backward and the optimiser's step, under autocast to bfloat16,
-channels_last; the native kernels, for CPUs alone, compute in float32 all the same. All CPU processes keep freed memory, as
-`memnet train` does: what the system hands out again page by page would cost the plain reference most.
+channels_last; the native kernels, for CPUs alone, compute in float32 all the same. On CPUs all but "plain" keep freed memory, as
+`memnet train` does; "plain, pages kept" is the reference with that help.
 
     python -m benchmarks.training [DEVICE [BATCH [PATCH [ROUNDS]]]]
 """
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,8 @@ from memnet_fast.reference import MemNet
 from memnet_fast.training import lean
 from memnet_fast.training.losses import multi_supervised
 
-WAYS = ("plain", "lean", "lean compiled", "native")
+WAYS = ("plain", "plain, pages kept", "lean", "lean compiled", "native")
+_CPU_ALONE = ("plain, pages kept", "native")
 
 
 def _peak_mib(device: str) -> float:
@@ -55,7 +57,8 @@ def _worker(way: str, device: str, batch: int, patch: int) -> None:
             continue
         start, start_cpu = time.perf_counter(), time.process_time()
         with torch.autocast(device.split(":")[0], torch.bfloat16):
-            heads = net.heads(x) if way == "plain" else lean.heads(net, x, way == "lean compiled", way == "native")
+            plain = way.startswith("plain")
+            heads = net.heads(x) if plain else lean.heads(net, x, way == "lean compiled", way == "native")
             loss = multi_supervised(heads, net.head_weights, x, "charbonnier")
         loss.backward()
         optimizer.step()
@@ -68,10 +71,12 @@ def _worker(way: str, device: str, batch: int, patch: int) -> None:
 def main(device: str = "cpu", batch: int = 8, patch: int = 64, rounds: int = 7) -> int:
     arguments = [device, str(batch), str(patch)]
     command = [sys.executable, "-m", "benchmarks.training", "--worker"]
-    ways = [way for way in WAYS if way != "native" or device == "cpu"]
+    ways = [way for way in WAYS if way not in _CPU_ALONE or device == "cpu"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[1]}
-    pipes["env"] = {**os.environ, **KEEP_PAGES}
-    workers = {way: subprocess.Popen([*command, way, *arguments], **pipes) for way in ways}  # type: ignore[call-overload]
+    workers: dict[str, Any] = {}
+    for way in ways:
+        environment = {**os.environ, **({} if way == "plain" or device != "cpu" else KEEP_PAGES)}
+        workers[way] = subprocess.Popen([*command, way, *arguments], env=environment, **pipes)  # type: ignore[call-overload]
 
     def ask(way: str, what: str) -> dict[str, float]:
         workers[way].stdin.write(what + "\n")

@@ -478,8 +478,9 @@ class _Watch(Callback):
         self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        native = "native kernels, fp32" if pl_module.kernels == "native" else f"PyTorch's kernels, {pl_module.stage.precision}"
-        self._run._say(pl_module, native)
+        if _first_process():
+            kind, precision = ("native", "fp32") if pl_module.kernels == "native" else ("PyTorch's", pl_module.stage.precision)
+            _log.info("stage %d: %s kernels, %s", self._run.stage + 1, kind, precision)
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
