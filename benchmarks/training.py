@@ -3,8 +3,8 @@
 Writes training.json (of a GPU: training-gpu.json) into benchmarks/results/<cpu>/. Each way runs in a process of its own, so
 that its peak memory is its own (VmHWM on the CPU, the allocator's peak on a GPU); timed steps alternate between the processes,
 so that a busy machine slows both. A step is forward, loss, backward and the optimiser's step, under autocast to bfloat16,
-channels_last; the native kernels, for CPUs alone, compute in float32 all the same. On CPUs all but "plain" keep freed memory, as
-`memnet train` does; "plain, pages kept" is the reference with that help.
+channels_last; the native kernels, for CPUs alone, compute in float32 all the same. On CPUs all but "plain" keep freed memory,
+as `memnet train` does; "plain, pages kept" is the reference with that help.
 
     python -m benchmarks.training [DEVICE [BATCH [PATCH [ROUNDS]]]]
 """
