@@ -162,6 +162,8 @@ class Recipe:
             raise InputError("seed, log_every, validate_every and save_minutes must not be negative, nor log_every 0")
         if (self.network.in_channels, self.network.out_channels) != (1, 1):
             raise InputError("networks are trained on gray images: in_channels and out_channels are 1")
+        if any(stage.kernels == "native" for stage in self.stages) and self.network.channels % 16:
+            raise InputError(f"kernels = 'native' needs a multiple of 16 channels, not {self.network.channels}")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -197,12 +199,15 @@ def load_recipe(source: str | os.PathLike[str], overrides: tuple[str, ...] = ())
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What a training would change that is continued with another recipe: lines "key: old -> new"."""
     if "stages" in old:  # what an older program did not know was as it is by default
-        defaults = {f.name: f.default for f in dataclasses.fields(Stage) if f.default is not dataclasses.MISSING}
-        old = {**old, "stages": [{**defaults, **stage} for stage in old["stages"]]}
+        old = {**_defaults(Recipe), **old, "stages": [{**_defaults(Stage), **stage} for stage in old["stages"]]}
     before, after = _flat(_plain(old)), _flat(_plain(new))
     keys = [k for k in (*before, *(k for k in after if k not in before)) if k.split(".")[0] not in (*_FREE, "name")]
     shown = [(k, before.get(k, "nothing"), after.get(k, "nothing")) for k in keys]
     return [f"{k}: {a} -> {b}" for k, a, b in shown if a != b]
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    return {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
 
 
 def _plain(value: Any) -> Any:
