@@ -16,7 +16,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from native_harness import single
+from support.unit_cases import Case, Raw, error, exact, values
 from test_native_conv import LIMIT, block_parameters
+from test_training_units import LIMITS as UNIT_LIMITS
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -77,6 +79,48 @@ class Driver:
         ctypes.memmove(out, result[size:], len(result) - size)
 
 
+class UnitDriver:
+    """Stands in for the native module at support.unit_cases.Raw."""
+
+    def __init__(self, command: list[str], folder: Path) -> None:
+        self._driver = Driver(command, folder)
+
+    def _head(self, fields: dict, backward: bool, asks: bool) -> bytes:
+        names = ("n", "h", "w", "c", "kernel", "outputs")
+        numbers = [fields[name] for name in names]
+        numbers += [len(fields["x"]), fields["threads"], fields["batch_statistics"], bool(fields.get("skip"))]
+        return np.array([backward, asks, *numbers], np.int64).tobytes()
+
+    def unit_scratch(self, fields: dict, backward: bool, isa: str) -> int:
+        return int(self._driver._run(self._head(fields, backward, True)))
+
+    def unit_forward(self, fields: dict, *scratch) -> None:
+        self._call(fields, False, ["bias", "skip"], ["out"])
+
+    def unit_backward(self, fields: dict, *scratch) -> None:
+        self._call(fields, True, ["grad"], ["grad_x", "grad_gamma", "grad_beta", "grad_weight", "grad_bias"])
+
+    def _call(self, fields: dict, backward: bool, inputs: list[str], results: list[str]) -> None:
+        c, sources, out = fields["c"], len(fields["x"]), fields["outputs"] or fields["c"]
+        pixels = fields["n"] * fields["h"] * fields["w"]
+        sizes = {"x": pixels * c, "grad_x": pixels * c, "skip": pixels * c, "out": pixels * out, "grad": pixels * out}
+        sizes |= dict.fromkeys(("gamma", "beta", "mean", "invstd", "grad_gamma", "grad_beta"), sources * c)
+        sizes |= dict.fromkeys(("weight", "grad_weight"), out * sources * c * fields["kernel"] ** 2)
+        sizes |= dict.fromkeys(("bias", "grad_bias"), out)
+
+        def arrays(names: list[str]) -> list[tuple[int, int]]:
+            """(address, bytes) of each."""
+            found = ((name, fields[name]) for name in names if fields.get(name))
+            return [(a, sizes[name] * 4) for name, at in found for a in (at if isinstance(at, list) else [at])]
+
+        given = arrays(["x", "gamma", "beta", "mean", "invstd", "weight", *inputs])
+        said = self._driver._run(self._head(fields, backward, False) + b"".join(ctypes.string_at(*a) for a in given))
+        for address, size in arrays(results):
+            ctypes.memmove(address, said[:size], size)
+            said = said[size:]
+        assert not said
+
+
 class Plan(nh.Plan):
     def _address(self, array: np.ndarray) -> int:
         address = super()._address(array)
@@ -92,6 +136,9 @@ def built(request, tmp_path_factory) -> tuple[str, Path]:
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is missing")
     folder = tmp_path_factory.mktemp(request.param)
+    sources = [CSRC / "cpu" / f"{name}.cpp" for name in ("isa", "runner", "training")]
+    drivers = ["portable_driver", "portable_unit_driver"]
+    sources += [ROOT / "tests/support" / f"{name}.cpp" for name in drivers]
     steps = [
         subprocess.Popen(
             [*compiler, *FLAGS, "-DMEMNET_ISA=baseline", "-I", str(CSRC), "-c", str(source), "-o", str(folder / source.stem)],
@@ -99,20 +146,21 @@ def built(request, tmp_path_factory) -> tuple[str, Path]:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for source in (CSRC / "cpu/isa.cpp", CSRC / "cpu/runner.cpp", ROOT / "tests/support/portable_driver.cpp")
+        for source in sources
     ]
     for step in steps:
         said = step.communicate()[0]
         assert step.returncode == 0, said
-    objects = [str(folder / name) for name in ("isa", "runner", "portable_driver")]
-    subprocess.run([*compiler, "-fopenmp", *objects, "-o", str(folder / "driver")], check=True)
+    for driver in drivers:
+        objects = [str(folder / name) for name in ("isa", "runner", "training", driver)]
+        subprocess.run([*compiler, "-fopenmp", *objects, "-o", str(folder / f"{driver}.out")], check=True)
     return request.param, folder
 
 
 @pytest.fixture
 def driver(built, tmp_path, monkeypatch) -> Driver:
     target, folder = built
-    stand_in = Driver([*TARGETS[target][1], str(folder / "driver")], tmp_path)
+    stand_in = Driver([*TARGETS[target][1], str(folder / "portable_driver.out")], tmp_path)
     monkeypatch.setattr(nh.native, "module", lambda: stand_in)
     return stand_in
 
@@ -200,6 +248,33 @@ def test_a_nan_passes_through(driver):
     expected = torch.zeros(1, 16, 9, 9, dtype=torch.bool)
     expected[..., 2:7, 2:7] = True
     assert torch.equal(plan.run().slot(0).isnan(), expected)
+
+
+UNITS = [
+    Case(16, 2, 7, 13, skip=True),
+    Case(80, 1, 6, 5, bias=False),
+    Case(64, 2, 5, 31, kernel=1, sources=3),
+    Case(48, 1, 7, 13, outputs=1),
+    Case(16, 3, 1, 9, kernel=1, outputs=3),
+]
+
+
+@pytest.mark.parametrize("case", UNITS, ids=lambda case: f"{case.kind}, {case.channels}")
+def test_units_of_a_training_step_equal_float64(built, case, tmp_path, monkeypatch):
+    target, folder = built
+    stand_in = UnitDriver([*TARGETS[target][1], str(folder / "portable_unit_driver.out")], tmp_path)
+    monkeypatch.setattr(nh.native, "module", lambda: stand_in)
+    given = values(case)
+    alone = Raw(case, given, True).run()
+    expected = exact(given, True)
+    for name, limit in UNIT_LIMITS[case.kind].items():
+        if name in alone and name in expected:
+            assert error(alone[name], expected[name]) <= limit, (name, error(alone[name], expected[name]))
+    together = Raw(case, given, True, threads=3).run()
+    assert all(torch.equal(together[name], t) for name, t in alone.items())
+    given["x"][0, 0, 0, 0] = float("nan")  # the gradient of a ReLU must keep it, too
+    found = Raw(case, given, False).run()
+    assert all(found[name].isnan().any() for name in ("out", "weight", "gamma"))
 
 
 def test_products_use_the_vectors_of_the_machine(built):

@@ -131,6 +131,8 @@ def test_the_plain_path_is_compiled_as_a_whole(tmp_path: Path) -> None:
     loaded = recipe(tmp_path, training__compile=True, training__memory="plain", network__num_memory_blocks=1)
     net = module.MemNet(dataclasses.replace(loaded.network, num_recursions=1))
     trainee = module.StageModule(net, loaded, 0, images(), lambda m: None)
+    trainee._choose_kernels()
+    assert trainee._heads is not module._plain_heads and trainee.kernels == "torch"
     x = torch.rand(2, 1, 9, 7)
     expected, found = trainee.net.heads(x), trainee._heads(trainee.net, x)
     for a, b in zip(found, expected, strict=True):

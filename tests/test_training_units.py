@@ -185,6 +185,27 @@ def test_everything_is_written_and_nothing_else_is(name: str) -> None:
         _check(case, raw.found(), expected)
 
 
+@pytest.mark.parametrize("case", SOME, ids=_name)
+def test_where_values_lie_does_not_change_a_bit(case: Case) -> None:
+    """Maps, weights, gradients and parameters in any order of axes, and with gaps."""
+    given = values(case)
+    expected = by_units(case, given, True)
+    for layout in (_channels_last, _with_gaps, _columns_first):
+        _same(by_units(case, given, True, layout), expected)
+
+
+def _channels_last(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t.clone()
+
+
+def _columns_first(t: torch.Tensor) -> torch.Tensor:
+    return t.mT.contiguous().mT if t.ndim > 1 else t.clone()
+
+
+def _with_gaps(t: torch.Tensor) -> torch.Tensor:
+    return torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0]
+
+
 def test_a_scratch_grows_and_stays_aligned() -> None:
     scratch = units.Scratch()
     first = scratch.at_least(100)

@@ -283,6 +283,9 @@ def heads(net: MemNet, x: Tensor, compiled: bool = False, native: bool = False) 
     no nn.BatchNorm2d with running statistics (nn.SyncBatchNorm: statistics here are those of one process), or are partly in
     training mode; with native, also for a network that those kernels cannot train.
     """
+    missing = ("torch.compile makes others" if compiled else units.why_not(net)) if native else None
+    if missing:
+        raise InputError(f"the native kernels cannot train this network: {missing}")
     weight = net.first.conv.weight
     device = weight.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -290,9 +293,6 @@ def heads(net: MemNet, x: Tensor, compiled: bool = False, native: bool = False) 
     _check_norms(net)
     if not native:
         return _heads(net, x, _compiled() if compiled else _EAGER)
-    missing = "torch.compile makes others" if compiled else units.why_not(net)
-    if missing:
-        raise InputError(f"the native kernels cannot train this network: {missing}")
     scratch = units.Scratch()
     statistics = functools.partial(units.statistics, scratch=scratch)
     with torch.autocast(device, enabled=False):

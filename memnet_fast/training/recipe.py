@@ -162,6 +162,8 @@ class Recipe:
             raise InputError("seed, log_every, validate_every and save_minutes must not be negative, nor log_every 0")
         if (self.network.in_channels, self.network.out_channels) != (1, 1):
             raise InputError("networks are trained on gray images: in_channels and out_channels are 1")
+        if any(stage.kernels == "native" for stage in self.stages) and self.network.channels % 16:
+            raise InputError(f"kernels = 'native' needs a multiple of 16 channels, not {self.network.channels}")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -23,13 +23,13 @@ _MOST_OUTPUTS = 3
 
 def why_not(net: MemNet) -> str | None:
     """Why the native kernels cannot train a network where its parameters are, in one sentence; None where they can."""
-    weight = net.first.conv.weight
-    if weight.device.type != "cpu":
-        return f"the network is on {weight.device}"
-    if weight.dtype != torch.float32:
-        return f"the network is {str(weight.dtype).removeprefix('torch.')}, not float32"
+    for name, t in (*net.named_parameters(), *net.named_buffers()):
+        if t.device.type != "cpu":
+            return f"its {name} is on {t.device}"
+        if t.is_floating_point() and t.dtype != torch.float32:
+            return f"its {name} is {str(t.dtype).removeprefix('torch.')}, not float32"
     if net.config.channels % _LANES:
-        return f"{net.config.channels} channels are no multiple of {_LANES}"
+        return f"its {net.config.channels} channels are no multiple of {_LANES}"
     return native.why_missing()
 
 
@@ -90,12 +90,14 @@ class _Unit(torch.autograd.Function):
         *slots: Tensor,  # [N, C, H, W]
     ) -> Tensor:
         maps = [_map(x) for x in slots]
-        weight, invstd = weight.contiguous(), (var + eps).rsqrt()
+        # As addresses are handed on, everything must lie in memory without gaps, whatever views parameters are of.
+        weight, gamma, beta, mean = (t.contiguous() for t in (weight, gamma, beta, mean))
+        invstd = (var + eps).rsqrt().contiguous()
         ctx.save_for_backward(weight, gamma, beta, mean, invstd, *maps)
         ctx.train, ctx.scratch = train, scratch
         n, c, h, w = maps[0].shape
         out = torch.empty_like(maps[0]) if len(weight) == c else torch.empty(n, len(weight), h, w)
-        own = torch.zeros(len(weight)) if bias is None else bias
+        own = torch.zeros(len(weight)) if bias is None else bias.contiguous()
         added = None if skip is None else _map(skip)
         norm = {"gamma": gamma, "beta": beta, "mean": mean, "invstd": invstd}
         unit = _fields(weight, maps, **norm, bias=own, skip=added, out=out)

@@ -3,42 +3,10 @@
 // INPUT: Shape; int64 algorithm, threads, number of operations; each operation with the size of an array in bytes in
 // place of its address, followed by these arrays; the image; int64 bytes of the workspace, and its contents. OUTPUT:
 // the workspace and the output image. Without operations: workspace_bytes() as a decimal number.
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <stdexcept>
 #include <vector>
 
 #include "cpu/runner.h"
-
-namespace {
-
-constexpr std::size_t kGuard = 4096;
-constexpr unsigned char kMark = 0xA5;
-
-void read(std::FILE *file, void *to, std::size_t bytes) {
-  if (std::fread(to, 1, bytes, file) != bytes)
-    throw std::runtime_error("the input ends early");
-}
-
-// Memory at a multiple of 64 between two bands that nobody may write.
-struct Guarded {
-  std::size_t size;
-  unsigned char *raw;
-  explicit Guarded(std::size_t bytes) : size(bytes) {
-    const std::size_t all = (bytes + 2 * kGuard + 63) / 64 * 64;
-    raw = static_cast<unsigned char *>(std::aligned_alloc(64, all));
-    std::memset(raw, kMark, all);
-  }
-  unsigned char *data() const { return raw + kGuard; }
-  void check(const char *name) const {
-    for (std::size_t i = 0; i < kGuard; ++i)
-      if (raw[i] != kMark || raw[kGuard + size + i] != kMark)
-        throw std::runtime_error(std::string("something wrote outside ") + name);
-  }
-};
-
-} // namespace
+#include "portable_memory.h"
 
 int main(int, char **argv) try {
   std::FILE *in = std::fopen(argv[1], "rb");

@@ -3,6 +3,7 @@ bands."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,32 +102,31 @@ def exact(given: Values, train: bool) -> Values:
     return {"out": out.detach()} | {name: own[name].grad for name in _LEAVES if name in own}  # type: ignore[misc]
 
 
-def modules(given: Values, train: bool) -> tuple[nn.BatchNorm2d, nn.Conv2d]:
+Layout = Callable[[Tensor], Tensor]  # the same values, wherever in memory
+
+
+def _modules(given: Values, train: bool, layout: Layout) -> tuple[nn.BatchNorm2d, nn.Conv2d]:
     out, total, kernel = given["weight"].shape[:3]
     bn = nn.BatchNorm2d(total, eps=EPS).train(train)
     conv = nn.Conv2d(total, out, kernel, padding=kernel // 2, bias="bias" in given)
-    with torch.no_grad():
-        bn.weight.copy_(given["gamma"])
-        bn.bias.copy_(given["beta"])
-        bn.running_mean.copy_(given["running_mean"])  # type: ignore[union-attr]
-        bn.running_var.copy_(given["running_var"])  # type: ignore[union-attr]
-        conv.weight.copy_(given["weight"])
-        if conv.bias is not None:
-            conv.bias.copy_(given["bias"])
+    own = {"gamma": bn.weight, "beta": bn.bias, "running_mean": bn.running_mean, "running_var": bn.running_var}
+    for name, t in (own | {"weight": conv.weight, "bias": conv.bias}).items():
+        if t is not None:
+            t.data = layout(given[name])
     return bn, conv
 
 
-def by_units(case: Case, given: Values, train: bool) -> Values:
+def by_units(case: Case, given: Values, train: bool, layout: Layout = torch.clone) -> Values:
     """As `exact`, by training.units."""
-    bn, conv = modules(given, train)
-    maps = [x.contiguous().requires_grad_() for x in given["x"].split(case.channels, 1)]
-    skip = given["skip"].clone().requires_grad_() if case.skip else None
+    bn, conv = _modules(given, train, layout)
+    maps = [layout(x.contiguous()).requires_grad_() for x in given["x"].split(case.channels, 1)]
+    skip = layout(given["skip"]).requires_grad_() if case.skip else None
     scratch = units.Scratch()
     mean, var = bn.running_mean, bn.running_var
     if train:
         mean, var = (torch.cat(s) for s in zip(*(units.statistics(x.detach(), scratch) for x in maps), strict=True))
     out = units.unit(bn, conv, maps, mean, var, skip, scratch)  # type: ignore[arg-type]
-    out.backward(given["grad"])
+    out.backward(layout(given["grad"]))
     grads = {"x": torch.cat([x.grad for x in maps], 1), "gamma": bn.weight.grad, "beta": bn.bias.grad}  # type: ignore[misc]
     grads |= {"weight": conv.weight.grad, "bias": None if conv.bias is None else conv.bias.grad}
     grads["skip"] = None if skip is None else skip.grad
