@@ -90,8 +90,7 @@ def _check(case: Case, found: Values, expected: Values) -> None:
         if name in expected:
             assert t.shape == expected[name].shape
             limit = LIMITS[case.kind][name]
-            # Not `<=`'s negation: a NaN is an error, too.
-            assert error(t, expected[name]) <= limit, (name, error(t, expected[name]))
+            assert error(t, expected[name]) <= limit, (name, error(t, expected[name]))  # of a NaN not
 
 
 @pytest.mark.parametrize("train", [True, False])
