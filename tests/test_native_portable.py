@@ -272,9 +272,12 @@ def test_units_of_a_training_step_equal_float64(built, case, tmp_path, monkeypat
             assert error(alone[name], expected[name]) <= limit, (name, error(alone[name], expected[name]))
     together = Raw(case, given, True, threads=3).run()
     assert all(torch.equal(together[name], t) for name, t in alone.items())
-    given["x"][0, 0, 0, 0] = float("nan")  # the gradient of a ReLU must keep it, too
+    given["gamma"][3], given["beta"][3] = 0.0, 0.0  # at zero it lets nothing through
+    given["x"][0, 0, 0, 0] = float("nan")  # and what is no number it keeps
     found = Raw(case, given, False).run()
     assert all(found[name].isnan().any() for name in ("out", "weight", "gamma"))
+    assert error(found["beta"], exact(given, False)["beta"]) <= UNIT_LIMITS[case.kind]["beta"]
+    assert found["beta"][3] == 0.0 and not found["weight"][:, 3].any()
 
 
 def test_products_use_the_vectors_of_the_machine(built):

@@ -285,15 +285,15 @@ def _refused(net: MemNet, x: Tensor, **how: bool) -> str:
 def test_networks_that_the_kernels_cannot_train_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     x, prefix = torch.rand(1, 1, 4, 4), "the native kernels cannot train this network: "
     eight = _net(CONFIGS["official"])
-    assert _refused(eight, x) == prefix + "its 8 channels are no multiple of 16"
+    assert _refused(eight, x) == prefix + "the network's 8 channels are no multiple of 16"
     net = _net(OFFICIAL)
     assert "float64, not float32" in _refused(copy.deepcopy(net).double(), x.double())
     partly = copy.deepcopy(net)
     partly.blocks[1].gate.double()
-    assert _refused(partly, x) == prefix + "its blocks.1.gate.bn.weight is float64, not float32"
+    assert _refused(partly, x) == prefix + "the network's blocks.1.gate.bn.weight is float64, not float32"
     partly = copy.deepcopy(net)
     partly.recon_bn[0].running_var = partly.recon_bn[0].running_var.half()
-    assert _refused(partly, x) == prefix + "its recon_bn.0.running_var is float16, not float32"
+    assert _refused(partly, x) == prefix + "the network's recon_bn.0.running_var is float16, not float32"
     assert "is on meta" in _refused(copy.deepcopy(net).to("meta"), x.to("meta"))
     assert _refused(net, x, compiled=True) == prefix + "torch.compile makes others"
     assert "1 channels" in _refused(net, torch.rand(1, 2, 4, 4))

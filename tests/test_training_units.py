@@ -22,11 +22,13 @@ CASES = {
     "3x3, 31x31": Case(64, 1, 31, 31),
     "3x3, 48x48": Case(16, 1, 48, 48, skip=True),
     "3x3, 8x150": Case(64, 3, 8, 150),
+    "3x3, 128 channels": Case(128, 1, 9, 8, skip=True),
     "1x1, 1x2": Case(64, 3, 1, 2, kernel=1),
     "1x1, 5x7": Case(16, 2, 5, 7, kernel=1, sources=3, bias=False),
     "1x1, 7x13": Case(48, 1, 7, 13, kernel=1, sources=7),
     "1x1, 31x31": Case(64, 3, 31, 31, kernel=1, sources=3),
     "1x1, 8x150": Case(80, 1, 8, 150, kernel=1, sources=7),
+    "1x1, 128 channels": Case(128, 1, 9, 8, kernel=1, sources=2),
     "reconstruction, 1x2": Case(64, 3, 1, 2, outputs=1),
     "reconstruction, 5x7": Case(16, 2, 5, 7, outputs=3, bias=False),
     "reconstruction, 6x6": Case(48, 1, 6, 6, kernel=1, outputs=1),
@@ -88,8 +90,7 @@ def _check(case: Case, found: Values, expected: Values) -> None:
         if name in expected:
             assert t.shape == expected[name].shape
             limit = LIMITS[case.kind][name]
-            # Not `<=`'s negation: a NaN is an error, too.
-            assert error(t, expected[name]) <= limit, (name, error(t, expected[name]))
+            assert error(t, expected[name]) <= limit, (name, error(t, expected[name]))  # of a NaN not
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -215,6 +216,18 @@ def test_a_scratch_grows_and_stays_aligned() -> None:
     assert grown % 64 == 0 and memory.data_ptr() <= grown and grown + 400_000 <= memory.data_ptr() + 4 * memory.numel()
 
 
+@pytest.mark.parametrize("case", [Case(16, 2, 5, 7), Case(16, 2, 5, 7, kernel=1), Case(16, 2, 5, 7, outputs=1)], ids=_name)
+def test_a_relu_at_zero_lets_nothing_through(case: Case) -> None:
+    """As in PyTorch: a batch normalisation that came to be 0 is dead."""
+    given = values(case)
+    given["gamma"][3], given["beta"][3] = 0.0, 0.0
+    for isa in ISAS:
+        found, expected = Raw(case, given, False, isa=isa).run(), exact(given, False)
+        for name in ("gamma", "beta"):
+            assert found[name][3] == expected[name][3] == 0.0
+        assert not found["x"][:, 3].any() and not found["weight"][:, 3].any()
+
+
 # Values that are no numbers ------------------------------------------------------------------------------------------
 
 
@@ -235,6 +248,8 @@ def test_what_is_no_number_stays_in_its_image_and_does_not_vanish(case: Case, wh
     others = [k for k in range(case.n) if k != 1]
     for name in ("out", "x"):
         assert torch.equal(found[name][others], clean[name][others]), name
+    if where == "x":  # a ReLU of what is no number lets the gradient through
+        assert error(found["beta"], expected["beta"]) <= LIMITS[case.kind]["beta"]
     reached = ["out", "weight", "gamma"] if where == "x" else ["x", "weight", "gamma", "beta", "bias"]
     for name in reached:
         assert not found[name].isfinite().all(), name

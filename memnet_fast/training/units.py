@@ -25,11 +25,11 @@ def why_not(net: MemNet) -> str | None:
     """Why the native kernels cannot train a network where its parameters are, in one sentence; None where they can."""
     for name, t in (*net.named_parameters(), *net.named_buffers()):
         if t.device.type != "cpu":
-            return f"its {name} is on {t.device}"
+            return f"the network's {name} is on {t.device}"
         if t.is_floating_point() and t.dtype != torch.float32:
-            return f"its {name} is {str(t.dtype).removeprefix('torch.')}, not float32"
+            return f"the network's {name} is {str(t.dtype).removeprefix('torch.')}, not float32"
     if net.config.channels % _LANES:
-        return f"its {net.config.channels} channels are no multiple of {_LANES}"
+        return f"the network's {net.config.channels} channels are no multiple of {_LANES}"
     return native.why_missing()
 
 
