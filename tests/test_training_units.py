@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -213,6 +214,9 @@ def test_a_scratch_grows_and_stays_aligned() -> None:
     assert first % 64 == 0 and scratch.at_least(50) == first
     grown = scratch.at_least(100_000)
     memory = scratch._memory
+    with ThreadPoolExecutor(1) as other:  # whose memory is its own
+        elsewhere = other.submit(scratch.at_least, 100_000).result()
+        assert other.submit(scratch.at_least, 100_000).result() == elsewhere != grown and scratch._memory is memory
     assert grown % 64 == 0 and memory.data_ptr() <= grown and grown + 400_000 <= memory.data_ptr() + 4 * memory.numel()
 
 

@@ -6,6 +6,7 @@ all three directions, and nothing between a feature map and the sums of a convol
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,9 +34,10 @@ def why_not(net: MemNet) -> str | None:
     return native.why_missing()
 
 
-class Scratch:
+class Scratch(threading.local):
     """Memory for the kernels, as much as the largest unit has asked for, 64-byte aligned. Kept for one forward and backward
-    pass: pages that the system has to hand out again cost as much time as a pass over a map."""
+    pass: pages that the system has to hand out again cost as much time as a pass over a map. Each thread that computes a pass
+    has its own."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
