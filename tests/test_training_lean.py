@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.recipes import network
 from torch import nn
 
 from memnet_fast.config import MemNetConfig
@@ -33,17 +34,7 @@ SIZES = [(1, 1, 2), (2, 5, 7), (3, 1, 1), (2, 16, 9)]
 
 
 def _net(config: MemNetConfig, dtype: torch.dtype) -> MemNet:
-    """Batch normalisations as different from 1 and 0 as after training."""
-    torch.manual_seed(1)
-    net = MemNet(config)
-    with torch.no_grad():
-        for m in net.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.weight.uniform_(0.5, 1.5)
-                m.bias.normal_(0, 0.3)
-                m.running_mean.normal_(0, 0.3)
-                m.running_var.uniform_(0.5, 2)
-    return net.to(dtype)
+    return network(config).to(dtype)
 
 
 def _loss(heads: list[torch.Tensor]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.recipes import images, recipe, recipe_file
+from support.recipes import images, network, recipe, recipe_file
 from test_training_lean import CONFIGS
 from torch import Tensor, nn
 
@@ -24,6 +24,8 @@ from memnet_fast.training.recipe import Recipe, differences, load_recipe
 
 pytest.importorskip("lightning", reason="training needs the extra 'train'")
 
+from support.stops import StopAt
+
 from memnet_fast.training import run
 from memnet_fast.training.results import load_result
 
@@ -35,17 +37,7 @@ OFFICIAL = NETWORKS["official"]
 
 
 def _net(config: MemNetConfig, train: bool = True, seed: int = 1) -> MemNet:
-    """Batch normalisations as different from 1 and 0 as after training."""
-    torch.manual_seed(seed)
-    net = MemNet(config)
-    with torch.no_grad():
-        for m in net.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.weight.uniform_(0.5, 1.5)
-                m.bias.normal_(0, 0.3)
-                m.running_mean.normal_(0, 0.3)
-                m.running_var.uniform_(0.5, 2)
-    return net.train(train)
+    return network(config, seed).train(train)
 
 
 def _loss(heads: list[Tensor], net: MemNet) -> Tensor:
@@ -328,17 +320,6 @@ def test_recipes_that_contradict_themselves(
     assert not (tmp_path / "run").exists()
 
 
-class _StopAt(run._Stopping):
-    """Due after a number of steps, as the deadline is after a number of minutes."""
-
-    left = 0
-
-    @property
-    def due(self) -> bool:
-        type(self).left -= 1
-        return self.left <= 0
-
-
 def _trained(folder: Path, **changes: Any) -> tuple[MemNet, list[dict[str, Any]]]:
     folder.mkdir(exist_ok=True)
     assert run.train(recipe(folder, **{"network__channels": 16} | changes), hardware=CPU).done
@@ -424,9 +405,9 @@ def test_an_interrupted_native_training_resumes_to_the_same_bits(
 ) -> None:
     """Stage 1 has the steps 1 to 3, stage 2 the steps 4 to 6."""
     expected = _weights(_trained(tmp_path / "whole", training__kernels="native")[0])
-    _StopAt.left = stop
+    StopAt.left = stop
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_Stopping", _StopAt)
+        patch.setattr(run, "_Stopping", StopAt)
         stopped = run.train(recipe(tmp_path, network__channels=16, training__kernels="native"), hardware=CPU)
     assert not stopped.done
     torch.manual_seed(99)
@@ -461,9 +442,9 @@ def test_what_was_trained_stays_when_it_grows_resumes_or_is_started_from(
 ) -> None:
     net, _ = _trained(tmp_path / "whole", identity_start=True)
     assert _weights(net)["recon.weight"].any()
-    _StopAt.left = 4
+    StopAt.left = 4
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_Stopping", _StopAt)
+        patch.setattr(run, "_Stopping", StopAt)
         assert not run.train(recipe(tmp_path, network__channels=16, identity_start=True), hardware=CPU).done
     assert run.train(recipe(tmp_path, network__channels=16, identity_start=True), resume=True, hardware=CPU).done
     _all_equal(_weights(load_result(tmp_path / "run" / "result")[0]), _weights(net))

@@ -25,6 +25,7 @@ from support.recipes import image_folder, images, recipe, recipe_file
 
 pytest.importorskip("lightning", reason="training needs the extra 'train'")
 
+from support.stops import StopAt
 from support.two_processes import one_step
 
 from memnet_fast import cli, weights
@@ -56,24 +57,13 @@ def _same(folder: Path, expected: dict[str, torch.Tensor]) -> None:
         assert torch.equal(found[name], value), name
 
 
-class _StopAt(run._Stopping):
-    """Due after a number of steps, as the deadline is after a number of minutes."""
-
-    left = 0
-
-    @property
-    def due(self) -> bool:
-        type(self).left -= 1
-        return self.left <= 0
-
-
 @pytest.mark.parametrize("stop", range(1, 6))
 def test_interrupted_at_every_step_and_resumed_is_the_same(
     stop: int, tmp_path: Path, whole: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stage 1 has the steps 1 to 3, stage 2 the steps 4 to 6."""
-    _StopAt.left = stop
-    monkeypatch.setattr(run, "_Stopping", _StopAt)
+    StopAt.left = stop
+    monkeypatch.setattr(run, "_Stopping", StopAt)
     outcome = train(recipe(tmp_path), hardware=CPU)
     monkeypatch.undo()
     # Where a stop falls on the last step of a stage, the next stage has already begun.
@@ -90,9 +80,9 @@ def test_other_tasks_resume_to_the_same_bits(task: str, tmp_path: Path, monkeypa
         folder = tmp_path / str(stop)
         folder.mkdir()
         changes = {"task": f'"{task}"', "levels__only": "[2, 3]" if task == "sr" else "[10, 40]"}
-        _StopAt.left = stop
+        StopAt.left = stop
         with monkeypatch.context() as patch:
-            patch.setattr(run, "_Stopping", _StopAt)
+            patch.setattr(run, "_Stopping", StopAt)
             outcome = train(recipe(folder, **changes), hardware=CPU)
         if not outcome.done:
             assert train(recipe(folder, **changes), resume=True, hardware=CPU).done
@@ -111,9 +101,9 @@ def test_a_compiled_training_is_the_same_training_and_resumes_to_the_same_bits(
     for stop in (99, 2):
         folder = tmp_path / str(stop)
         folder.mkdir()
-        _StopAt.left = stop
+        StopAt.left = stop
         with monkeypatch.context() as patch:
-            patch.setattr(run, "_Stopping", _StopAt)
+            patch.setattr(run, "_Stopping", StopAt)
             outcome = train(recipe(folder, training__compile=True), hardware=CPU)
         assert outcome.done == (stop == 99)
         if not outcome.done:
@@ -234,9 +224,9 @@ def test_starts_from_a_result_or_a_weight_file_of_fewer_recursions(tmp_path: Pat
 
 
 def test_changed_recipe_and_data_are_refused_with_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _StopAt.left = 1
+    StopAt.left = 1
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_Stopping", _StopAt)
+        patch.setattr(run, "_Stopping", StopAt)
         train(recipe(tmp_path), hardware=CPU)
     for changes, said in (
         ({"training__lr": 1e-3}, r"stages.0.lr: 0.002 -> 0.001; stages.1.lr: 0.002 -> 0.001\)"),
@@ -256,9 +246,9 @@ def test_changed_recipe_and_data_are_refused_with_what_changed(tmp_path: Path, m
 
 def test_a_changed_recipe_holds_from_where_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also what the state of the optimiser holds, and an average that was not there before."""
-    _StopAt.left = 1
+    StopAt.left = 1
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_Stopping", _StopAt)
+        patch.setattr(run, "_Stopping", StopAt)
         train(recipe(tmp_path, training__ema=0.0), hardware=CPU)
     seen = []
 
@@ -275,9 +265,9 @@ def test_a_changed_recipe_holds_from_where_it_goes_on(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize(("before", "after"), [("adamw", "sgd"), ("sgd", "adamw")])
 def test_another_optimiser_cannot_go_on(before: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _StopAt.left = 1
+    StopAt.left = 1
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_Stopping", _StopAt)
+        patch.setattr(run, "_Stopping", StopAt)
         train(recipe(tmp_path, training__optimizer=before), hardware=CPU)
     with pytest.raises(CheckpointMismatch, match="another optimiser"):
         train(recipe(tmp_path, training__optimizer=after), resume=True, override=True, hardware=CPU)
@@ -295,9 +285,9 @@ def test_a_network_in_eval_mode_is_trained_with_the_statistics_of_its_batches(tm
 def test_the_log_has_every_told_step_also_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     changes = {"stages__0__steps": 7, "log_every": 3}
-    _StopAt.left = 2
+    StopAt.left = 2
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_Stopping", _StopAt)
+        patch.setattr(run, "_Stopping", StopAt)
         train(recipe(tmp_path, **changes), hardware=CPU)
     train(recipe(tmp_path, **changes), resume=True, hardware=CPU)
     losses = {}

@@ -145,7 +145,7 @@ class StageModule(lightning.LightningModule):
         if stage.kernels == "native" and missing:
             raise InputError(f"kernels = 'native' cannot train here: {missing}")
         auto = stage.kernels == "auto" and stage.memory == "lean" and not stage.compile and not missing
-        self.kernels = "native" if auto else stage.kernels.replace("auto", "torch")
+        self.kernels = "native" if auto or stage.kernels == "native" else "torch"
         if stage.compile:
             lean.check_compiler(self.device)
         if stage.memory == "lean":

@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
+from memnet_fast.config import MemNetConfig
 from memnet_fast.files import write_whole
+from memnet_fast.reference import MemNet
 from memnet_fast.training.recipe import Recipe, load_recipe
 
 TINY = """
@@ -63,3 +66,17 @@ def recipe(folder: Path, **overrides: Any) -> Recipe:
     """overrides: keys with __ for dots."""
     texts = tuple(f"{k.replace('__', '.')}={str(v).lower() if isinstance(v, bool) else v}" for k, v in overrides.items())
     return load_recipe(recipe_file(folder), texts)
+
+
+def network(config: MemNetConfig, seed: int = 1) -> MemNet:
+    """Batch normalisations as different from 1 and 0 as after training."""
+    torch.manual_seed(seed)
+    net = MemNet(config)
+    with torch.no_grad():
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.weight.uniform_(0.5, 1.5)
+                m.bias.normal_(0, 0.3)
+                m.running_mean.normal_(0, 0.3)
+                m.running_var.uniform_(0.5, 2)
+    return net
