@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.recipes import images, network, recipe, recipe_file
+from support.recipes import network, recipe, recipe_file
 from test_training_lean import CONFIGS
 from torch import Tensor, nn
 
@@ -20,11 +19,11 @@ from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import InputError
 from memnet_fast.reference import MemNet
 from memnet_fast.training import lean
-from memnet_fast.training.recipe import Recipe, differences, load_recipe
+from memnet_fast.training.recipe import differences, load_recipe
 
 pytest.importorskip("lightning", reason="training needs the extra 'train'")
 
-from support.stops import StopAt
+from support.stops import StopAt, new_run
 
 from memnet_fast.training import run
 from memnet_fast.training.results import load_result
@@ -355,13 +354,9 @@ LIMIT_OF_STEPS = 1e-4
 
 def _start(folder: Path, **changes: Any) -> dict[str, Tensor]:
     loaded = recipe(folder, **{"network__channels": 16} | changes)
-    net, state = _run(loaded, folder / "new").start(False, False)
+    net, state = new_run(loaded, folder / "new").start(False, False)
     assert state is None
     return _weights(net)
-
-
-def _run(loaded: Recipe, output: Path) -> run._Run:
-    return run._Run(loaded, output, images(), [], CPU, run._Stopping(None), threading.Event())
 
 
 @needs_native
@@ -425,7 +420,7 @@ def test_a_new_network_begins_as_the_identity(recon: dict[str, Any], tmp_path: P
     nets = {}
     for start in (True, False):
         loaded = recipe(tmp_path, identity_start=start, **changes)
-        nets[start] = _run(loaded, tmp_path / "run").start(False, False)[0].train()
+        nets[start] = new_run(loaded, tmp_path / "run").start(False, False)[0].train()
     x = torch.rand(2, 1, 9, 7)
     for heads in (MemNet.heads, lean.heads, *([_native] if native.why_missing() is None else [])):
         for train in (True, False):
@@ -451,7 +446,7 @@ def test_what_was_trained_stays_when_it_grows_resumes_or_is_started_from(
     first, _ = load_result(tmp_path / "whole" / "run" / "stage1.result")
     assert _weights(first)["recon.weight"].any()
     loaded = recipe(tmp_path, network__channels=16, identity_start=True, init=f'"{tmp_path}/whole/run/stage1.result"')
-    begun, _ = _run(loaded, tmp_path / "other").start(False, False)
+    begun, _ = new_run(loaded, tmp_path / "other").start(False, False)
     _all_equal(_weights(begun), _weights(first))
 
 

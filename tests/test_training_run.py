@@ -263,7 +263,9 @@ def test_a_changed_recipe_holds_from_where_it_goes_on(tmp_path: Path, monkeypatc
     assert seen[0] == {0.0, 0.25}
 
 
-@pytest.mark.parametrize(("before", "after"), [("adamw", "sgd"), ("sgd", "adamw")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("adamw", "sgd"), ("sgd", "adamw"), ("adamw", "muon"), ("muon", "adamw"), ("sgd", "muon")]
+)
 def test_another_optimiser_cannot_go_on(before: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     StopAt.left = 1
     with monkeypatch.context() as patch:

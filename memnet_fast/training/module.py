@@ -21,6 +21,7 @@ from memnet_fast.errors import CheckpointMismatch, InputError, NumericError
 from memnet_fast.reference import MemNet
 from memnet_fast.training import lean, units
 from memnet_fast.training.losses import multi_supervised
+from memnet_fast.training.muon import Muon, is_matrix
 from memnet_fast.training.recipe import Recipe
 from memnet_fast.training.samples import ImageSet, sample_batch
 
@@ -112,22 +113,25 @@ class StageModule(lightning.LightningModule):
         biases = [m.bias for m in self.net.modules() if isinstance(m, nn.Conv2d) and m.bias is not None]
         slow = {id(p) for p in biases}
         # By kind, not by value: with other values of weight_decay and bias_rate a checkpoint's groups stay the same.
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
         for p in self.net.parameters():
             # SGD as in the paper decays everything; AdamW, as is usual, only matrices.
-            groups.setdefault((self.stage.optimizer == "sgd" or p.ndim > 1, id(p) in slow), []).append(p)
+            decays = self.stage.optimizer == "sgd" or p.ndim > 1
+            groups.setdefault((decays, id(p) in slow, self.stage.optimizer == "muon" and is_matrix(p)), []).append(p)
         parameters = [
             {
                 "params": ps,
                 "weight_decay": self.stage.weight_decay if decays else 0.0,
                 "factor": self.stage.bias_rate if bias else 1.0,
+                "matrices": matrices,
             }
-            for (decays, bias), ps in groups.items()
+            for (decays, bias, matrices), ps in groups.items()
         ]
         if self.stage.optimizer == "sgd":
             return torch.optim.SGD(parameters, lr=self.stage.lr, momentum=0.9)
         fused = True if self.device.type == "cuda" else None  # one kernel for each group
-        return torch.optim.AdamW(parameters, lr=self.stage.lr, betas=(0.9, 0.99), fused=fused)
+        adamw = Muon if self.stage.optimizer == "muon" else torch.optim.AdamW
+        return adamw(parameters, lr=self.stage.lr, betas=(0.9, 0.99), fused=fused)
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(_Ticks(), batch_size=None)

@@ -33,7 +33,7 @@ from memnet_fast.training.samples import Levels
 # What may differ when a training is continued: where things lie, and how often they are looked at.
 _FREE = ("data", "validation", "output", "init", "save_minutes", "log_every", "validate_every")
 _CHOICES = {
-    "optimizer": ("adamw", "sgd"),
+    "optimizer": ("adamw", "muon", "sgd"),
     "schedule": ("cosine", "step", "constant"),
     "loss": tuple(DISTANCES),
     "precision": ("fp32", "bf16"),
@@ -50,10 +50,10 @@ class Stage:
     recursions: R of the network. steps: of the optimiser. minutes: of training (without interruptions) after which the stage
     ends even if it has had fewer steps, 0 for none; two such trainings are never the same to the bit. batch: patches for each
     backward pass, over all processes. patch: their side in pixels. accumulate: backward passes for each step.
-    optimizer: "adamw" (betas 0.9 and 0.99; no decay of vectors and scalars) or "sgd" (momentum 0.9). bias_rate: learning rate
-    of the convolutions' biases as a multiple of lr. lr, schedule: "cosine" (to 1 % of lr, over the steps or the minutes,
-    whichever end sooner), "step" (a tenth after every `decay_every` steps) or "constant", each after a linear `warmup` of that
-    many steps.
+    optimizer: "adamw" (betas 0.9 and 0.99; no decay of vectors and scalars), "muon" (see training.muon; for convolutions
+    between several channels, "adamw" for the rest) or "sgd" (momentum 0.9). bias_rate: learning rate of the convolutions'
+    biases as a multiple of lr. lr, schedule: "cosine" (to 1 % of lr, over the steps or the minutes, whichever end sooner),
+    "step" (a tenth after every `decay_every` steps) or "constant", each after a linear `warmup` of that many steps.
     clip: greatest norm of the gradient, 0 for none; clip_by_lr: divided by the learning rate (the paper's clipping).
     ema: decay of the average of the weights, which becomes the result; 0: the last weights do. settle: batches over which the
     statistics of batch normalisation are taken anew for validation and result; 0 keeps the running ones.
@@ -135,8 +135,11 @@ class Stage:
 class Recipe:
     """data, validation, output, init: paths, "" for none. seed: of everything random. head_start: the value at which all w_m
     of a new network start; 0 for 1 / M. identity_start: whether the reconstruction of a new network starts at zero, so that
-    the network begins as the identity, rather than with random weights. validate_every: steps between validations, 0 for one
-    at the end of each stage. save_minutes: between checkpoints. log_every: steps between lines of the log."""
+    the network begins as the identity, rather than with random weights. first_shift: the shift (bias) at which the
+    normalisation of the image starts in a new network. At 0, as is usual, the ReLU behind it hides the darker half of the
+    image until training has moved it, in a thousand steps and more; at 3.5 it hides next to nothing. validate_every: steps
+    between validations, 0 for one at the end of each stage. save_minutes: between checkpoints. log_every: steps between lines
+    of the log."""
 
     task: str
     levels: Levels
@@ -149,6 +152,7 @@ class Recipe:
     seed: int = 0
     head_start: float = 0.0
     identity_start: bool = False
+    first_shift: float = 0.0
     validate_every: int = 0
     save_minutes: float = 5.0
     log_every: int = 50
@@ -160,6 +164,8 @@ class Recipe:
             raise InputError("a recipe has at least one stage ([[stages]])")
         if self.log_every < 1 or self.validate_every < 0 or not self.save_minutes >= 0 or self.seed < 0:
             raise InputError("seed, log_every, validate_every and save_minutes must not be negative, nor log_every 0")
+        if math.isinf(self.first_shift) or math.isinf(self.head_start):
+            raise InputError("first_shift and head_start must be finite")
         if (self.network.in_channels, self.network.out_channels) != (1, 1):
             raise InputError("networks are trained on gray images: in_channels and out_channels are 1")
         if any(stage.kernels == "native" for stage in self.stages) and self.network.channels % 16:

@@ -290,6 +290,7 @@ class _Run:
             if self.recipe.identity_start:
                 for parameter in net.recon.parameters():
                     torch.nn.init.zeros_(parameter)
+            torch.nn.init.constant_(net.first.bn.bias, self.recipe.first_shift)
             return net, None
         net, self.history = load_result(bundled().get(self.recipe.init) or Path(self.recipe.init).expanduser())
         net = grow(net, first)
