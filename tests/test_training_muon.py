@@ -138,6 +138,9 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(tmp_path: Path, mon
     assert run.train(recipe(tmp_path / "parts", **changes), resume=True, hardware=cpu).done
     assert run.train(recipe(tmp_path / "adamw", **changes | {"training__optimizer": "adamw"}), hardware=cpu).done
     whole, parts, adamw = (load_result(tmp_path / f / "run" / "result")[0].state_dict() for f in ("whole", "parts", "adamw"))
+    first, second = load_result(tmp_path / "parts" / "run" / "result")[1]
+    assert (first["optimizer"], first["first_shift"], first["identity_start"], first["head_start"]) == ("muon", 3.5, True, 0.0)
+    assert "first_shift" not in second, "the second stage begins with the network of the first"
     for name, value in whole.items():
         assert torch.equal(parts[name], value), name
     assert not torch.equal(whole["blocks.0.conv_a.0.weight"], adamw["blocks.0.conv_a.0.weight"])

@@ -436,11 +436,13 @@ class _Run:
     def _record(self, module: StageModule) -> dict[str, Any]:
         recipe = self.recipe.to_dict()
         device = torch.cuda.get_device_name() if module.device.type == "cuda" else "CPU"
+        new = self.stage == 0 and not self.recipe.init
         return {
             "name": f"{self.recipe.name} stage {self.stage + 1}",
             "task": self.recipe.task,
             "levels": {k: v for k, v in recipe["levels"].items() if k != "task"},
             **recipe["stages"][self.stage],
+            **({key: recipe[key] for key in ("head_start", "identity_start", "first_shift")} if new else {}),
             "seed": self.recipe.seed,
             "images": len(self.images),
             "images_sha256": self.digest,
