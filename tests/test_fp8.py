@@ -196,9 +196,9 @@ def test_a_network_that_needs_more_digits_is_refused() -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_bundled_weights_are_not_refused(task: str) -> None:
-    """Denoising changes an image by much, and its errors are a small part of that; super-resolution changes only edges."""
+    """Denoising changes an image by much, and its errors are a small part of that; other tasks change little but edges."""
     error = torch_backend.fp8_error(lower(mf.create_model(f"memnet_m6r6.{task}")))
-    assert 0 < error < (torch_backend.FP8_ERROR_LIMIT if task == "sr" else 0.5 * torch_backend.FP8_ERROR_LIMIT)
+    assert 0 < error < torch_backend.FP8_ERROR_LIMIT * (0.5 if task == "denoise" else 1)
 
 
 def test_statistics_that_describe_the_network_are_not_refused() -> None:
