@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The quintic iteration of the source: singular values between 0.001 and 1 end near 1 (0.68 to 1.13) after five of them.
+# The quintic iteration of the source: after five of them, singular values from 0.002 to 1 are between 0.68 and 1.21.
 _COEFFICIENTS, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 _MOMENTUM = 0.95
 
