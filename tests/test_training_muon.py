@@ -70,8 +70,8 @@ def test_steps_are_those_of_torch(memory_format: torch.memory_format) -> None:
             optimizer.step()
     for p, q, s in zip(ours, theirs, start, strict=True):
         moved = (q - s.flatten(1)).norm()
-        assert (p.flatten(1) - q).norm() < 0.02 * moved  # 0.4 % of it is bfloat16's
-        # Four steps that remember each other: two to four times lr.
+        assert (p.flatten(1) - q).norm() < 0.02 * moved  # measured: 1.0 %, with an iteration in bfloat16 there
+        # Four steps that remember each other; measured: 2.5 to 2.8 times lr.
         assert 2 * lr < ((p - s).square().mean().sqrt()) < 5 * lr
         assert p.is_contiguous(memory_format=memory_format)
     assert all(torch.equal(p, q) for p, q in zip(vectors, others, strict=True))
@@ -147,7 +147,7 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(tmp_path: Path, mon
 
 
 def test_the_first_shift_is_where_the_recipe_puts_it(tmp_path: Path) -> None:
-    """It hides nothing of an image whose noise is three times as wide as the image's own range: sigma 70, and four of it."""
+    """And there it hides next to nothing, even under noise of sigma 70."""
     pytest.importorskip("lightning", reason="training needs the extra 'train'")
     from support import stops
 
