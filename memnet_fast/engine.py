@@ -17,6 +17,7 @@ from memnet_fast import backends
 from memnet_fast.backends.cuda_graphs import Replays, capturing
 from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import DeviceOOM, InputError
+from memnet_fast.fp8_gate import require_fp8
 from memnet_fast.memory import empty, empty_to_keep, short_memory
 from memnet_fast.parameters import Followed, Parameters, Values
 from memnet_fast.plan import FusedPlan, lower_state
@@ -112,7 +113,7 @@ class Engine:
                 seen = Values(parameters)
                 plan = self._plan(seen.tensors())
                 if choice.precision == "fp8":
-                    backends.torch.require_fp8(plan, choice.backend)
+                    require_fp8(plan, choice.backend)
                 module = backends.LADDER[choice.backend]
                 self._packed = choice, module.pack(plan, device, choice.precision, choice.algorithm)
                 self._seen = seen
@@ -131,7 +132,7 @@ class Engine:
                 "fp8 looks at new weights on the host, which a stream under capture forbids; "
                 "call the network once before the capture"
             )
-        backends.torch.require_fp8(self._plan([t.cpu() for t in parameters.tensors]), choice.backend)
+        require_fp8(self._plan([t.cpu() for t in parameters.tensors]), choice.backend)
         self._fp8_at = at
 
     def settle(self, device: torch.device) -> None:

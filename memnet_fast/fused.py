@@ -26,8 +26,8 @@ def fuse(net: nn.Module, backend: str = "auto", precision: str = "auto", algorit
     backend: "auto", "cuda", "triton", "cpu", "torch". precision: "auto", "fp32", "tf32", "bf16", "fp16", "fp8"; cpu
     computes in fp32, with AVX512-BF16 also in bf16; cuda in fp16 and bf16, on Hopper fp8. fp8 takes its scales from the running
     statistics: the weights must be loaded before, and a small test image, restored on the CPU in fp8 and float32, shows
-    whether they fit; at the first call after a change of the weights it is asked again (the backend cuda, which does not read
-    values, misses changes through `parameter.data`).
+    whether they fit (see fp8_gate); at the first call after a change of the weights it is asked again (the backend cuda, which
+    does not read values, misses changes through `parameter.data`).
     algorithm: "auto", "winograd" or "direct", for the 3x3 convolutions of the CPU backend.
     Puts `net` into eval mode. Raises InputError for what is not a plain MemNet, BackendUnavailable (with the reason) for a
     request that cannot be met.

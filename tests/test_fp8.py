@@ -1,6 +1,7 @@
 """The written numerics of precision "fp8": e4m3 convolutions between fp16 slots, in backends/torch.py."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import memnet_fast as mf
 from benchmarks import fp8_quality
-from memnet_fast import degrade
+from memnet_fast import degrade, fp8_gate
 from memnet_fast.backends import torch as torch_backend
 from memnet_fast.config import MemNetConfig
 from memnet_fast.plan import ResidualBlock, lower
@@ -131,11 +132,11 @@ def test_statistics_that_do_not_describe_the_network_are_refused(make) -> None:
 
 def test_the_check_does_not_depend_on_the_default_dtype() -> None:
     plan = lower(mf.create_model("memnet_m6r6.denoise"))
-    expected = torch_backend.fp8_error(plan)
+    expected = fp8_gate.fp8_loss(plan)
     for dtype in (torch.float16, torch.float64):
         torch.set_default_dtype(dtype)
         try:
-            assert torch_backend.fp8_error(plan) == expected
+            assert fp8_gate.fp8_loss(plan) == expected
         finally:
             torch.set_default_dtype(torch.float32)
 
@@ -145,7 +146,7 @@ def test_a_network_that_changes_nothing_is_exact() -> None:
     with torch.no_grad():
         net.recon.weight.zero_()
         net.recon.bias.zero_()
-    assert torch_backend.fp8_error(lower(net)) == 0
+    assert fp8_gate.fp8_loss(lower(net)) == 0
 
 
 def test_without_numbers_there_are_no_scales() -> None:
@@ -155,8 +156,8 @@ def test_without_numbers_there_are_no_scales() -> None:
 
 def test_weights_that_come_later_are_looked_at_too(monkeypatch) -> None:
     asked = []
-    error = torch_backend.fp8_error
-    monkeypatch.setattr(torch_backend, "fp8_error", lambda plan: asked.append(1) or error(plan))
+    loss = fp8_gate.fp8_loss
+    monkeypatch.setattr(fp8_gate, "fp8_loss", lambda plan: asked.append(1) or loss(plan))
     fast = mf.fuse(mf.create_model("memnet_m6r6.denoise"), backend="torch", precision="fp8")
     good = {name: value.clone() for name, value in fast.state_dict().items()}
     x = torch.rand((1, 1, 6, 5), generator=torch.Generator().manual_seed(0))
@@ -189,22 +190,44 @@ def test_a_network_that_needs_more_digits_is_refused() -> None:
     with torch.no_grad():
         for _ in range(4):
             net(torch.rand((4, 1, 32, 32), generator=generator))
-    said = r"wrong by \d+\.\d% .* \(limit 5%\).* or it needs more digits; .* or take fp16"
+    said = r"loses \S+ dB .* \(limit 0\.05 dB\).* or it needs more digits; .* or take fp16"
     with pytest.raises(mf.BackendUnavailable, match=said):
         mf.fuse(net.eval(), backend="torch", precision="fp8")
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_bundled_weights_are_not_refused(task: str) -> None:
-    """Denoising changes an image by much, and its errors are a small part of that; other tasks change little but edges."""
-    error = torch_backend.fp8_error(lower(mf.create_model(f"memnet_m6r6.{task}")))
-    assert 0 < error < torch_backend.FP8_ERROR_LIMIT * (0.5 if task == "denoise" else 1)
+    assert 0 < fp8_gate.fp8_loss(lower(mf.create_model(f"memnet_m6r6.{task}"))) < fp8_gate.LIMIT_DB / 2
+
+
+def _loss(monkeypatch, exact: Tensor, wrong: Tensor) -> float:
+    """Of a network that makes `exact` [4, H, W] of the test images and is wrong by `wrong` in fp8."""
+    results = {"fp32": exact[:, None], "fp8": (exact + wrong)[:, None]}
+    monkeypatch.setattr(fp8_gate, "_run", lambda plan, images, precision: results[precision])
+    return fp8_gate.fp8_loss(lower(build(MemNetConfig(channels=8, num_memory_blocks=1, num_recursions=1))))
+
+
+def test_a_network_is_judged_by_the_images_that_it_improves(monkeypatch) -> None:
+    clean = fp8_gate._clean().expand(4, -1, -1)
+    given = fp8_gate._degraded(clean[0]) - clean
+    kept = torch.tensor([0.5, 1.5, 0.25, 1.5]).view(4, 1, 1)  # of what is wrong with an image, after restoration
+    wrong = kept * given * torch.tensor([0.1, 0.9, 0.2, 0.9]).view(4, 1, 1)
+    assert _loss(monkeypatch, clean + kept * given, wrong) == pytest.approx(10 * math.log10(1 + 0.2**2), rel=1e-3)
+    wrong[2, 0, 0] = math.inf
+    assert math.isnan(_loss(monkeypatch, clean + kept * given, wrong))
+
+
+def test_a_network_that_improves_none_is_judged_by_what_it_changes(monkeypatch) -> None:
+    clean = fp8_gate._clean().expand(4, -1, -1)
+    given = fp8_gate._degraded(clean[0]) - clean
+    wrong = given * torch.tensor([0.3, 0.1, 0.2, 0.4]).view(4, 1, 1)
+    assert _loss(monkeypatch, clean + 2 * given, wrong) == pytest.approx(10 * math.log10(1 + 4 * 0.1**2), rel=1e-3)
 
 
 def test_statistics_that_describe_the_network_are_not_refused() -> None:
     assert mf.fuse(_variance(4), backend="torch", precision="fp8").precision == "fp8"
     colour = lower(build(MemNetConfig(in_channels=3, out_channels=3, channels=5, num_memory_blocks=1, num_recursions=1)))
-    assert 0 < torch_backend.fp8_error(colour) < 1, "several planes"
+    assert 0 < fp8_gate.fp8_loss(colour) < 1, "several planes"
 
 
 @pytest.mark.parametrize("sigma", [15, 50])

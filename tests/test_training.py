@@ -51,11 +51,13 @@ def test_the_loss_is_equation_10() -> None:
     heads = [torch.rand(3, 1, 5, 7, dtype=torch.float64) for _ in range(4)]
     weights_, clean = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64), torch.rand(3, 1, 5, 7, dtype=torch.float64)
     y = sum(w * h for w, h in zip(weights_, heads, strict=True))
-    alpha, n = 1 / 5, len(clean)
-    expected = alpha / 2 / n * ((y - clean) ** 2).sum() + (1 - alpha) / (2 * 4 * n) * sum(
-        ((h - clean) ** 2).sum() for h in heads
-    )
-    torch.testing.assert_close(multi_supervised(heads, weights_, clean, "square").double(), expected, rtol=1e-6, atol=0)
+    n = len(clean)
+    for given, alpha in ((0, 1 / 5), (0.6, 0.6), (1, 1)):
+        expected = alpha / 2 / n * ((y - clean) ** 2).sum() + (1 - alpha) / (2 * 4 * n) * sum(
+            ((h - clean) ** 2).sum() for h in heads
+        )
+        loss = multi_supervised(heads, weights_, clean, "square", given)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     single = multi_supervised(heads[:1], None, clean, "square").double()
     torch.testing.assert_close(single, ((heads[0] - clean) ** 2).sum() / 2 / n, rtol=1e-6, atol=0)
     near = multi_supervised([clean + 0.1], None, clean, "charbonnier")
@@ -126,6 +128,8 @@ def test_overrides_hold_for_all_stages_or_for_one(tmp_path: Path) -> None:
         ("training.lr=-1.0", "lr must not be negative"),
         ("training.batch=0", "batch must be at least 1"),
         ("training.ema=1.0", "ema"),
+        ("training.alpha=1.5", "alpha must be between 0 and 1"),
+        ("training.alpha=-0.1", "alpha must be between 0 and 1"),
         ("training.memory=thin", "memory must be one of"),
         ("training.jpeg=gpu", "jpeg must be one of auto, file, device"),
         ("training.minutes=-1", "minutes must not be negative"),

@@ -365,6 +365,14 @@ def test_nan_stops_and_keeps_the_last_good_state(where: str, tmp_path: Path, mon
     assert state["step"] == 2 and all(torch.isfinite(v.float()).all() for v in state["net"].values())
 
 
+def test_the_loss_has_the_alpha_of_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    loss = module.multi_supervised
+    monkeypatch.setattr(module, "multi_supervised", lambda *args: seen.append(args[4]) or loss(*args))
+    train(recipe(tmp_path, training__alpha=0.75, stages__0__steps=2), hardware=CPU)
+    assert seen and set(seen) == {0.75}
+
+
 def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path: Path) -> None:
     """With batch statistics frozen, k passes over b patches make the step of one pass over the same k * b patches."""
     loaded = recipe(tmp_path)

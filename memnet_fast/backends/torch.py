@@ -6,12 +6,11 @@ every precision. Each image of a batch is computed alone, so that a result canno
 
 "fp8" is fp16 with the convolutions of residual blocks in e4m3: their operands are scaled so that the largest value to expect
 becomes 448, the weights so that the largest of each output channel does; what is larger saturates. The largest value to expect
-follows from the batch normalisation, whose running statistics must therefore be those of the network (`fp8_error` tells).
+follows from the batch normalisation, whose running statistics must therefore be those of the network (`fp8_gate` tells).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memnet_fast.config import MemNetConfig
-from memnet_fast.errors import BackendUnavailable
 from memnet_fast.plan import FirstConv, FusedPlan, Gate, Reconstruct, ResidualBlock
 from memnet_fast.timing import Stopwatch, Timing
 
@@ -36,8 +34,6 @@ _STORE = {
     "fp8": torch.float16,
 }
 E4M3_MAX = 448.0
-# Of `fp8_error`: at 0.05 a denoiser of noise of sigma 15 loses 0.05 dB.
-FP8_ERROR_LIMIT = 0.05
 
 
 def why_not(config: MemNetConfig, device: torch.device, precision: str, algorithm: str) -> str | None:
@@ -125,47 +121,6 @@ def fp8_block(plan: FusedPlan, op: ResidualBlock) -> Fp8Block:
         (step_wb * step_b).float(),
         w[op.bias_b].float(),
     )
-
-
-def fp8_error(plan: FusedPlan) -> float:
-    """What fp8 changes about the result for a small image (edges, a gradient, noise), over what the network changes about the
-    image; both root mean squares. The image has much noise, as for a denoiser, and little, as for other tasks, and what counts
-    is the smaller error: networks are trained for one of them. NaN where a result is not finite.
-
-    The bundled weights have 0.01 to 0.05; where running statistics are not those of the network, operands saturate, and a
-    network that was never trained has 0.05 to 1.
-    """
-    y, x = (torch.arange(side, device="cpu", dtype=torch.float32) / side for side in (24, 32))
-    y = y.view(-1, 1)
-    image = 0.5 + 0.25 * torch.sin(9 * x + 5 * y) + 0.2 * ((x + y > 1) & (x * 8 % 2 >= 1)).float()
-    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)
-    images = torch.stack([image + deviation * noise for deviation in (0.1, 0.02)]).clamp(0, 1)
-    images = images[:, None].expand(-1, plan.config.in_channels, -1, -1).contiguous()
-    shape = (2, plan.config.out_channels, *images.shape[2:])
-    results = []
-    for precision in ("fp32", "fp8"):
-        packed = pack(plan, images.device, precision)
-        out = torch.empty(shape, dtype=torch.float32, device="cpu")
-        packed.run(images, out, torch.empty(packed.workspace_bytes(2, 24, 32), dtype=torch.uint8, device="cpu"))
-        results.append(out)
-    exact, small = results
-    wrong, changed = ((a - b).square().mean((1, 2, 3)) for a, b in ((small, exact), (exact, images)))
-    # A network that changes nothing is exact: 0 of 0.
-    return float(torch.where(wrong == 0, wrong, wrong / changed).amin().sqrt())  # NaN if one is
-
-
-def require_fp8(plan: FusedPlan, backend: str) -> None:
-    """Raises BackendUnavailable where e4m3 with scales from the running statistics cannot stand for these weights."""
-    error = fp8_error(plan)
-    # Also for NaN.
-    if not error <= FP8_ERROR_LIMIT:
-        amount = f"wrong by {error:.1%} of what this network changes about a test image (limit {FP8_ERROR_LIMIT:.0%})"
-        raise BackendUnavailable(
-            backend,
-            f"fp8 is {'not finite for a test image' if math.isnan(error) else amount}: scales follow from the running "
-            "statistics, which do not describe the network, or it needs more digits; load its weights before fuse(), or take "
-            "fp16",
-        )
 
 
 def pack(plan: FusedPlan, device: torch.device, precision: str, algorithm: str = "direct") -> TorchPacked:

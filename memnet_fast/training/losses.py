@@ -25,12 +25,12 @@ def _charbonnier(error: Tensor) -> Tensor:
 DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {"square": _square, "charbonnier": _charbonnier}
 
 
-def multi_supervised(heads: list[Tensor], weights: Tensor | None, clean: Tensor, distance: str) -> Tensor:
-    """alpha * d(ensemble) + (1 - alpha) * mean of d(head), alpha = 1 / (heads + 1); of a single output just d.
+def multi_supervised(heads: list[Tensor], weights: Tensor | None, clean: Tensor, distance: str, alpha: float = 0.0) -> Tensor:
+    """alpha * d(ensemble) + (1 - alpha) * mean of d(head); of a single output just d.
 
     heads: M outputs [N, C, H, W] of any float dtype. weights: [M], those of the ensemble; None with one output. clean:
     float32, same shape. distance: "square" (half the sum over a patch, mean over patches) or "charbonnier" (mean over all
-    values). Returns a scalar, float32.
+    values). alpha: 0 to 1; 0 for 1 / (heads + 1), as in the paper. Returns a scalar, float32.
     Raises InputError for another distance.
     """
     if distance not in DISTANCES:
@@ -38,6 +38,6 @@ def multi_supervised(heads: list[Tensor], weights: Tensor | None, clean: Tensor,
     d = DISTANCES[distance]
     if weights is None:
         return d(heads[0].float() - clean)
-    alpha = 1 / (len(heads) + 1)
+    alpha = alpha or 1 / (len(heads) + 1)
     ensemble = torch.stack([w * h.float() for w, h in zip(weights, heads, strict=True)]).sum(0)
     return alpha * d(ensemble - clean) + (1 - alpha) * torch.stack([d(h.float() - clean) for h in heads]).mean()

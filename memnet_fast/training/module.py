@@ -194,7 +194,7 @@ class StageModule(lightning.LightningModule):
         share = slice(self.trainer.global_rank, None, self.trainer.world_size)
         degraded, clean = self.samples(self.step * self.stage.accumulate + self._micro, share)
         heads = self._heads(self.net, degraded)
-        loss = multi_supervised(heads, self.net.head_weights, clean, self.stage.loss)
+        loss = multi_supervised(heads, self.net.head_weights, clean, self.stage.loss, self.stage.alpha)
         self._losses.append(loss.detach())
         return loss
 

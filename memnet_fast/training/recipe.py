@@ -57,7 +57,8 @@ class Stage:
     clip: greatest norm of the gradient, 0 for none; clip_by_lr: divided by the learning rate (the paper's clipping).
     ema: decay of the average of the weights, which becomes the result; 0: the last weights do. settle: batches over which the
     statistics of batch normalisation are taken anew for validation and result; 0 keeps the running ones.
-    loss: "charbonnier" or "square" (see training.losses). precision: "fp32" (by PyTorch's default, CUDA's convolutions
+    loss: "charbonnier" or "square" (see training.losses). alpha: the output's share of the loss, up to 1; the outputs of the
+    memory blocks share the rest. 0 for 1 / (M + 1), the paper's. precision: "fp32" (by PyTorch's default, CUDA's convolutions
     round to TF32) or "bf16" for autocast. memory: "lean" (see training.lean) or "plain".
     kernels: "native" (training.units: on CPUs, in float32 whatever the precision), "torch", or "auto", native where that can be
     (on a CPU, "lean", without compile) and else torch.
@@ -84,6 +85,7 @@ class Stage:
     ema: float = 0.998
     settle: int = 32
     loss: str = "charbonnier"
+    alpha: float = 0.0
     precision: str = "bf16"
     memory: str = "lean"
     kernels: str = "auto"
@@ -108,6 +110,8 @@ class Stage:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got '{getattr(self, name)}'")
         if not 0 <= self.ema < 1:
             raise InputError(f"ema must be at least 0 and below 1, got {self.ema}")
+        if not 0 <= self.alpha <= 1:
+            raise InputError(f"alpha must be between 0 and 1, got {self.alpha}")
         if self.schedule == "step" and self.decay_every == 0:
             raise InputError("the schedule 'step' needs decay_every")
         if self.clip_by_lr and self.lr == 0:
