@@ -148,6 +148,28 @@ def test_where_values_lie_does_not_matter(train: bool) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_every_map_is_kept_once(layout: torch.memory_format) -> None:
+    """Also what PyTorch makes of the first convolution, in whichever memory format."""
+    net, x = _net(OFFICIAL).to(memory_format=layout), torch.rand(2, 1, 9, 7)  # type: ignore[call-overload]
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.shape == (2, 16, 9, 7):
+            kept[t.data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        _native(net, x)
+    maps = list(kept.values())
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in maps)
+    assert not any(torch.equal(a, b) for i, a in enumerate(maps) for b in maps[:i])
+    # The first convolution; of each block two for each recursion, and what its gate makes.
+    config = net.config
+    assert len(maps) == 1 + config.num_memory_blocks * (2 * config.num_recursions + 1)
+
+
+@needs_native
 def test_without_gradients_it_computes_the_same() -> None:
     net, x = _net(OFFICIAL), torch.rand(2, 1, 9, 7)
     other, expected = copy.deepcopy(net), _native(net, x)

@@ -301,7 +301,10 @@ def heads(net: MemNet, x: Tensor, compiled: bool = False, native: bool = False) 
 
 def _heads(net: MemNet, x: Tensor, pieces: _Pieces) -> list[Tensor]:
     train = net.training
-    long = [_Slot.of(_bn_relu_conv(net.first, x, pieces), train, pieces)]
+    first = _bn_relu_conv(net.first, x, pieces)
+    if pieces.scratch is not None:  # else every unit that reads it would convert it, and keep a copy of its own
+        first = first.contiguous(memory_format=torch.channels_last)
+    long = [_Slot.of(first, train, pieces)]
     for block in net.blocks:
         long.append(_memory_block(block, long, pieces))  # type: ignore[arg-type]
     outputs = long[1:] if net.config.multi_supervised else long[-1:]
