@@ -6,6 +6,9 @@ import math
 from functools import cache
 from pathlib import Path
 
+# Version 1 has no word for "no limit" and shows the largest number of whole pages.
+_UNLIMITED = 1 << 60
+
 
 @cache
 def folders(controller: str) -> tuple[Path, ...]:
@@ -55,15 +58,21 @@ def granted_cpus() -> int:
 
 
 def free_memory() -> int | None:
-    """Bytes that the groups of version 2 leave; None where there is no limit. Page cache counts as free, for it is given back
-    on demand."""
+    """Bytes that the groups leave; None where there is no limit. Page cache counts as free, for it is given back on demand."""
     free = None
-    for folder in folders("memory"):
-        try:
-            limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-            cache = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            left = limit - used + sum(int(cache.get(name, 0)) for name in ("active_file", "inactive_file"))
-        except (OSError, ValueError):  # absent, or "max"
-            continue
-        free = left if free is None else min(free, left)
+    # Version 2, then version 1, whose plain counts are those of a group without the groups in it.
+    for limit_name, used_name, whole in (
+        ("memory.max", "memory.current", ""),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ):
+        for folder in folders("memory"):
+            try:
+                limit, used = (int((folder / name).read_text()) for name in (limit_name, used_name))
+                if limit >= _UNLIMITED:
+                    continue
+                cache = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                left = limit - used + sum(int(cache.get(whole + name, 0)) for name in ("active_file", "inactive_file"))
+            except (OSError, ValueError):  # absent, or "max"
+                continue
+            free = left if free is None else min(free, left)
     return free

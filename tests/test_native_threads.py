@@ -139,6 +139,29 @@ def test_memory_is_what_the_narrowest_group_leaves(machine):
     assert control_groups.free_memory() is None
 
 
+def test_memory_is_what_the_narrowest_group_of_version_1_leaves(machine):
+    unlimited = str((1 << 63) - 4096)
+    limits = {
+        "memory": (unlimited, "7000", "total_active_file 1\n"),
+        "memory/a": ("5000", "4000", "active_file 7\ntotal_active_file 40\ntotal_inactive_file 2\n"),
+        "memory/a/b": ("4500", "400", ""),
+        "memory/other": ("10", "10", ""),
+    }
+    names = ["memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"]
+    nested(machine, "9:cpu,cpuacct:/other\n4:memory:/a/b\n0::/\n", limits, names)
+    assert control_groups.free_memory() == 1042
+    (machine / "memory/a/memory.limit_in_bytes").write_text(unlimited)
+    assert control_groups.free_memory() == 4100
+    (machine / "memory/memory.limit_in_bytes").write_text("8000\n")
+    assert control_groups.free_memory() == 1001
+    nested(machine, "4:memory:/a/b\n0::/\n", {".": ("900", "0", "")}, ["memory.max", "memory.current", "memory.stat"])
+    assert control_groups.free_memory() == 900
+    for path in (".", "memory", "memory/a", "memory/a/b"):
+        for file in (machine / path).glob("memory.*"):
+            file.write_text(unlimited if "limit" in file.name else "max\n")
+    assert control_groups.free_memory() is None
+
+
 @pytest.mark.skipif(native.why_missing() is not None, reason="needs the native module")
 @pytest.mark.parametrize("algorithm", cpu.ALGORITHMS)
 @pytest.mark.parametrize("worst", [False, True])
