@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from memnet_fast.errors import MissingExtra
 from memnet_fast.files import write_whole
+from memnet_fast.profile import plots as profile_plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,34 +94,11 @@ def times(results: Results) -> bytes | None:
 
 
 def roofline(results: Results) -> bytes | None:
-    """From the newest stored profile (`memnet profile --json`, profile*.json): FLOP per byte against GFLOP/s."""
-    from matplotlib.figure import Figure
-
+    """From the newest stored profile (`memnet profile --json`, profile*.json), as that draws it."""
     # Other files about profiling lie beside them.
     stored = [json.loads(path.read_text()) for path in sorted(results.folder.glob("profile*.json"))]
-    data = ([d for d in stored if d.get("rows") and d.get("ceilings")] or [{}])[-1]
-    rows = [r for r in data.get("rows", []) if r.get("gb") and r.get("executed_gflop")]
-    ceilings = data.get("ceilings") or []
-    if not rows or not ceilings:
-        return None
-    flops, byte = ceilings[-1]["flops"], ceilings[-1]["bytes"]
-    ridge = flops / byte
-    intensity = [r["executed_gflop"] / r["gb"] for r in rows]
-    ends = (min(*intensity, ridge) / 3, ridge, max(*intensity, ridge) * 3)
-    figure = Figure((8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    label = f"measured: {1e-9 * flops:.0f} GFLOP/s, {1e-9 * byte:.1f} GB/s"
-    axes.loglog(ends, [1e-9 * min(flops, x * byte) for x in ends], color="black", label=label)
-    for r, x in zip(rows, intensity, strict=True):
-        y = r["executed_gflop"] / r["ms"] * 1e3
-        axes.loglog([x], [y], "o", color=_OURS, markersize=4 + 20 * r["share"] ** 0.5, alpha=0.6)
-        axes.annotate(r["name"], (x, y), textcoords="offset points", xytext=(8, -3), fontsize=7)
-    axes.set_title(f"{data.get('backend')} {data.get('precision')} {data.get('algorithm')}; area: share of the time")
-    axes.set_xlabel("executed FLOP per byte that must move")
-    axes.set_ylabel("GFLOP/s, executed")
-    axes.grid(True, which="both", alpha=0.2)
-    axes.legend(loc="lower right", fontsize=8)
-    return _png(figure)
+    profiles = [d for d in stored if d.get("rows") and d.get("ceilings")]
+    return profile_plots.roofline(profiles[-1]) if profiles else None
 
 
 _PLOTS: dict[str, Callable[[Results], bytes | None]] = {

@@ -404,9 +404,10 @@ def test_plots_of_everything(results):
     rows = [row("ours", 500.0, 1.0), row("peer", 1500.0, 3.0), row("ours", 2000.0, 1.0, size="512x512", h=512, w=512)]
     store("a", "2026-11-22T11:00:00+00:00", rows)
     store("b", "2026-11-22T11:00:01+00:00", [{**row("ours", 0.0, 0.0), "suite": "memory"}])
-    profiled = {"name": "gate, 7", "ms": 20.0, "share": 0.3, "executed_gflop": 3.7, "gb": 0.13}
-    ceilings = [{"flops": 2.3e11, "bytes": 4e10}]
-    (folder / "profile.json").write_text(json.dumps({"backend": "cpu", "ceilings": ceilings, "rows": [profiled]}))
+    profiled = {"name": "gate, 7 sources", "tflops": 0.185, "share": 0.3, "executed_gflop": 3.7, "gb": 0.13}
+    values = {"backend": "cpu", "precision": "fp32", "algorithm": "winograd", "shape": [1, 1, 9, 9], "rows": [profiled]}
+    values["ceilings"] = [{"flops": 2.3e11, "bytes": 4e10, "fma": None, "threads": 1}]
+    (folder / "profile.json").write_text(json.dumps(values))
     (folder / "profile_overhead.json").write_text(json.dumps({"about": {}, "off_cpu": {"median": 1.0}}))
     plots.draw(load())
     made = {p.stem: p.read_bytes() for p in folder.glob("*.png")}

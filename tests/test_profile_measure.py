@@ -152,8 +152,25 @@ def test_tables_and_pictures(profile):
         console.print(table.operations_table(profile, each=True))
         text = console.export_text()
     assert all(op.name in text for op in profile.operations)
-    assert plots.roofline(profile).startswith(b"\x89PNG")
+    assert plots.roofline(table.values(profile)).startswith(b"\x89PNG")
     assert any("multiply-adds 200 GFLOP/s" in line for line in table.notes(profile))
+
+
+def test_labels_of_the_roofline_do_not_overlap(profile, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(plots, "_png", figures.append)
+    values = table.values(profile)
+    gate = next(r for r in values["rows"] if r["name"] == "gate, 5 sources")
+    values["rows"] += [{**gate, "name": f"gate, {count} sources"} for count in (6, 7)]
+    plots.roofline(values)
+    figures[0].draw_without_rendering()
+    axes = figures[0].axes[0]
+    shown = [t for t in (*axes.texts, *axes.get_legend().get_texts()) if t.get_text()]
+    named = {"first_conv", "residual_block", "gate, 4 to 7 sources", "reconstruct, 2 sources"}
+    assert named <= {t.get_text() for t in shown}
+    boxes = [t.get_window_extent() for t in shown]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_without_the_host_the_trace_has_one_process():

@@ -190,7 +190,7 @@ def _write(files: dict[str, Path], found: Profile, memory: Memory | None) -> Non
         if name == "trace":
             made[name] = trace.encoded(found)
         elif name == "roofline":
-            made[name] = plots.roofline(found)
+            made[name] = plots.roofline(_values(found, memory))
         elif name == "memory" and memory is not None:
             made[name] = plots.memory_chart(memory)
         else:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from memnet_fast import timing
 from memnet_fast.errors import MissingExtra
-from memnet_fast.profile import table
-from memnet_fast.profile.measuring import Profile
 from memnet_fast.profile.memory import Memory
 
 if TYPE_CHECKING:
@@ -25,38 +24,43 @@ def require() -> None:
         raise MissingExtra(f"plots need matplotlib ({error}); pip install memnet_fast[profile]") from error
 
 
-def roofline(profile: Profile) -> bytes:
-    """A PNG: FLOP per byte against FLOP per second, both axes logarithmic, one point for each row of the table."""
+def roofline(values: dict[str, Any]) -> bytes:
+    """A PNG: FLOP per byte against FLOP per second, both axes logarithmic, one point for each row of the table.
+
+    values: those of a profile (table.values), or what was stored of them.
+    """
     figure = _figure(8, 5)
     axes = figure.add_subplot()
-    rows = table.rows(profile)
-    ceilings = profile.ceilings[-1]
-    ridge = ceilings.flops / ceilings.bytes
-    intensities = [r.executed_gflop / r.gb for r in rows]
+    ceilings = values["ceilings"][-1]
+    ridge = ceilings["flops"] / ceilings["bytes"]
+    families: dict[str, list[dict[str, Any]]] = {}
+    for row in values["rows"]:
+        families.setdefault(row["name"].partition(",")[0], []).append(row)
+    intensities = [r["executed_gflop"] / r["gb"] for r in values["rows"]]
     low, high = min(*intensities, ridge) / 3, max(*intensities, ridge) * 3
-    roof = [1e-9 * min(ceilings.flops, x * ceilings.bytes) for x in (low, ridge, high)]
-    rate = "multiply-adds" if ceilings.fma else "product"
-    threads = {None: "", 1: ", 1 thread"}.get(ceilings.threads, f", {ceilings.threads} threads")
-    label = f"measured: {rate} {1e-9 * ceilings.flops:.0f} GFLOP/s, copy {1e-9 * ceilings.bytes:.1f} GB/s{threads}"
+    roof = [1e-9 * min(ceilings["flops"], x * ceilings["bytes"]) for x in (low, ridge, high)]
+    rate = "multiply-adds" if ceilings["fma"] else "product"
+    threads = {None: "", 1: ", 1 thread"}.get(ceilings["threads"], f", {ceilings['threads']} threads")
+    label = f"measured: {rate} {1e-9 * ceilings['flops']:.0f} GFLOP/s, copy {1e-9 * ceilings['bytes']:.1f} GB/s{threads}"
     axes.loglog([low, ridge, high], roof, color="black", label=label)
-    named: set[str] = set()
-    for r, x in zip(rows, intensities, strict=True):
-        kind, _, sources = r.name.partition(", ")
-        once = "" if kind in named else kind
-        named.add(kind)
-        size = 4 + 20 * r.share**0.5
-        axes.loglog([x], [1e3 * r.tflops], "o", color=_COLOURS[kind], markersize=size, alpha=0.7, label=once or None)
-        if kind == "gate":  # they lie close together: only how many sources each has
-            axes.annotate(sources.partition(" ")[0], (x, 1e3 * r.tflops), fontsize=6, ha="center", va="center")
-    c = profile.choice
-    axes.set_title(
-        f"{c.backend} {c.precision} {c.algorithm}, {'x'.join(map(str, profile.shape))}; area: share of the time; gates: sources"
-    )
+    for kind, rows in families.items():
+        for r in rows:
+            size, y = 4 + 20 * r["share"] ** 0.5, 1e3 * r["tflops"]
+            axes.loglog([r["executed_gflop"] / r["gb"]], [y], "o", color=_COLOURS[kind], markersize=size, alpha=0.7)
+        # In the legend: gates, however many sources they have, lie too close together for a name at each point.
+        axes.plot([], [], "o", color=_COLOURS[kind], alpha=0.7, label=_family([r["name"] for r in rows]))
+    what = f"{values['backend']} {values['precision']} {values['algorithm']}, {'x'.join(map(str, values['shape']))}"
+    axes.set_title(f"{what}; area: share of the time")
     axes.set_xlabel("executed FLOP per byte that must move")
     axes.set_ylabel("GFLOP/s, executed")
     axes.grid(True, which="both", alpha=0.2)
-    axes.legend(loc="upper left", fontsize=8)
+    axes.legend(loc="best", fontsize=8)
     return _png(figure)
+
+
+def _family(names: Sequence[str]) -> str:
+    """One name for rows of one kind: ("gate, 7 sources", ..., "gate, 12 sources") -> "gate, 7 to 12 sources"."""
+    return names[0] if len(names) == 1 else f"{names[0].removesuffix(' sources')} to {names[-1].partition(', ')[2]}"
 
 
 def memory_chart(memory: Memory) -> bytes:
@@ -104,7 +108,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})  # the same values give the same bytes
     return buffer.getvalue()
 
 
