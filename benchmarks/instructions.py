@@ -52,11 +52,12 @@ def count(folder: Path, module: Path) -> int:
     """Instructions of one run of what was dumped. Raises RuntimeError."""
     totals = []
     for runs in (1, 2):
-        command = ["valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null", sys.executable, "-I"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-        done = subprocess.run(
-            [*command, __file__, str(folder), str(module), str(runs)], env=env, capture_output=True, text=True
-        )
+        command = ["valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"]
+        # Not -I, which would also ignore the seed: with random hashes, two runs differ by more than the network.
+        command += [sys.executable, "-P", "-s", __file__, str(folder), str(module), str(runs)]
+        env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
         found = re.search(r"I\s+refs:\s+([\d,]+)", done.stderr)
         if done.returncode or found is None:
             raise RuntimeError(f"valgrind ended with {done.returncode}: {done.stderr[-500:]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import subprocess
 import sys
@@ -72,6 +73,47 @@ def test_what_one_run_costs_is_the_difference_of_two(tmp_path, monkeypatch):
     code[0] = 1
     with pytest.raises(RuntimeError, match="valgrind ended with 1"):
         instructions.count(tmp_path, tmp_path / "module.so")
+
+
+# Runs its command, counts 1000 instructions and 500 for each run of the network, and notes what Python makes of a text's hash.
+FAKE_VALGRIND = """#!{python}
+import subprocess, sys
+command = sys.argv[next(i for i, word in enumerate(sys.argv) if i and not word.startswith("--")):]
+script = next(i for i, word in enumerate(command) if word.endswith(".py"))
+with open(r"{hashes}", "a") as file:
+    subprocess.run([*command[:script], "-c", "print(hash('memnet'))"], stdout=file, check=True)
+subprocess.run(command, check=True)
+print("==1== I   refs:      {{:,}}".format(1000 + 500 * int(command[-1])), file=sys.stderr)
+"""
+
+
+@pytest.mark.skipif(native.why_missing() is not None, reason=native.why_missing() or "built")
+def test_instructions_are_counted_and_stored(tmp_path, monkeypatch, capsys):
+    """The whole command, but for the builds and valgrind itself."""
+    valgrind, hashes, module = tmp_path / "bin/valgrind", tmp_path / "hashes", native.module()
+    valgrind.parent.mkdir()
+    valgrind.write_text(FAKE_VALGRIND.format(python=sys.executable, hashes=hashes))
+    valgrind.chmod(0o755)
+    monkeypatch.setenv("PATH", str(valgrind.parent), prepend=os.pathsep)
+    monkeypatch.setattr(profile_overhead, "build", lambda folder, name, *flags: module)
+    monkeypatch.setattr(profile_overhead, "results_folder", lambda: tmp_path)
+    monkeypatch.setattr(instructions, "ISA", module.isas()[0])
+    with torch_threads(1):
+        assert profile_overhead.main(["--instructions", "--size", "9"]) == 0
+    assert "off / none: 500 / 500 instructions = 1.000000, goal 1.01: ok" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "profile_instructions.json").read_text())
+    assert (stored["none"], stored["off"], stored["ratio"]) == (500, 500, 1.0)
+    assert stored["about"]["isa"] == instructions.ISA and stored["about"]["size"] == 9
+    # The counts of two runs can only be compared where Python itself does the same in both.
+    assert len(hashes.read_text().split()) == 4 and len(set(hashes.read_text().split())) == 1
+
+
+def test_without_valgrind_nothing_is_built(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(profile_overhead, "build", lambda *arguments: pytest.fail("built"))
+    with pytest.raises(SystemExit) as left:
+        profile_overhead.main(["--instructions"])
+    assert left.value.code == 2 and "valgrind is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(native.why_missing() is not None, reason=native.why_missing() or "built")
