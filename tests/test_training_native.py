@@ -412,7 +412,9 @@ def test_without_the_module_auto_is_torch_and_native_is_refused(tmp_path: Path, 
     with pytest.raises(InputError) as raised:
         run.train(loaded, hardware=CPU)
     assert str(raised.value) == "kernels = 'native' cannot train here: the native module was not built: no compiler"
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", "tensorboard"]
+    with pytest.raises(InputError, match="kernels = 'native' cannot train here"):  # not when it is the second stage's turn
+        run.train(recipe(tmp_path, network__channels=16, stages__1__kernels="native"), hardware=CPU)
+    assert not (tmp_path / "run").exists()
 
 
 @needs_native

@@ -29,7 +29,7 @@ from support.stops import StopAt
 from support.two_processes import one_step
 
 from memnet_fast import cli, weights
-from memnet_fast.errors import CheckpointCorrupt, CheckpointMismatch, InputError, NumericError, OutputError
+from memnet_fast.errors import BackendUnavailable, CheckpointCorrupt, CheckpointMismatch, InputError, NumericError, OutputError
 from memnet_fast.evaluation import mean_psnr
 from memnet_fast.tasks import TASKS
 from memnet_fast.training import module, run
@@ -137,7 +137,7 @@ def test_a_training_without_a_compiler_ends_before_its_first_step(tmp_path: Path
     monkeypatch.setattr(module.lean, "check_compiler", missing)
     with pytest.raises(InputError, match="does not work here"):
         train(recipe(tmp_path, training__compile=True), hardware=CPU)
-    assert not (tmp_path / "run" / "last.ckpt").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_died_between_steps_goes_on_from_the_last_checkpoint(
@@ -271,8 +271,10 @@ def test_another_optimiser_cannot_go_on(before: str, after: str, tmp_path: Path,
     with monkeypatch.context() as patch:
         patch.setattr(run, "_Stopping", StopAt)
         train(recipe(tmp_path, training__optimizer=before), hardware=CPU)
+    before_it = sorted((tmp_path / "run").rglob("*"))
     with pytest.raises(CheckpointMismatch, match="another optimiser"):
         train(recipe(tmp_path, training__optimizer=after), resume=True, override=True, hardware=CPU)
+    assert sorted((tmp_path / "run").rglob("*")) == before_it
 
 
 def test_a_network_in_eval_mode_is_trained_with_the_statistics_of_its_batches(tmp_path: Path) -> None:
@@ -429,7 +431,15 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path: Path)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="output folder"):
         train(recipe(tmp_path, output=tmp_path / "file"), hardware=CPU)
-    assert not (tmp_path / "run" / "last.ckpt").exists()
+    with pytest.raises(InputError, match="there is no folder"):
+        train(recipe(tmp_path, validation=tmp_path / "nowhere"), hardware=CPU)
+    with pytest.raises(InputError, match="there is no file"):
+        train(recipe(tmp_path, init=tmp_path / "nowhere"), hardware=CPU)
+    with pytest.raises(BackendUnavailable, match="backend 'cuda' cannot run"):  # nowhere are there so many
+        train(recipe(tmp_path, training__batch=1000), hardware=Hardware("cuda", 1000))
+    with pytest.raises(InputError, match="sync_batchnorm over several processes needs CUDA"):
+        train(recipe(tmp_path, training__sync_batchnorm=True, training__memory="plain"), hardware=Hardware("cpu", 2))
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_images_are_learnt_by_a_bundled_recipe(tmp_path: Path) -> None:

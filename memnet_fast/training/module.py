@@ -22,11 +22,23 @@ from memnet_fast.reference import MemNet
 from memnet_fast.training import lean, units
 from memnet_fast.training.losses import multi_supervised
 from memnet_fast.training.muon import Muon, is_matrix
-from memnet_fast.training.recipe import Recipe
+from memnet_fast.training.recipe import Recipe, Stage
 from memnet_fast.training.samples import ImageSet, sample_batch
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def check_stage(stage: Stage, net: MemNet, device: torch.device, world: int) -> None:
+    """Raises InputError where a stage cannot be trained on a device by so many processes. net: on the CPU still."""
+    if stage.kernels == "native":
+        missing = units.why_not(net) if device.type == "cpu" else f"the device is {device}"
+        if missing:
+            raise InputError(f"kernels = 'native' cannot train here: {missing}")
+    if stage.sync_batchnorm and world > 1 and device.type != "cuda":
+        raise InputError(f"sync_batchnorm over several processes needs CUDA, and the device is {device}")
+    if stage.compile:
+        lean.check_compiler(device)
 
 
 class _Ticks(IterableDataset):
@@ -106,6 +118,7 @@ class StageModule(lightning.LightningModule):
             self.average.load_state_dict({**state["net"], **(state["average"] or {})})
             self.averaged = state["averaged"]
         self._optimizer_state = state["optimizer"]
+        self._load_optimizer(self.configure_optimizers())  # what is another optimiser's is refused here
         self.step = state["step"]
         self.seconds = self._spent = state["seconds"]
 
@@ -145,13 +158,8 @@ class StageModule(lightning.LightningModule):
 
     def _choose_kernels(self) -> None:
         stage = self.stage
-        missing = units.why_not(self.net)
-        if stage.kernels == "native" and missing:
-            raise InputError(f"kernels = 'native' cannot train here: {missing}")
-        auto = stage.kernels == "auto" and stage.memory == "lean" and not stage.compile and not missing
+        auto = stage.kernels == "auto" and stage.memory == "lean" and not stage.compile and not units.why_not(self.net)
         self.kernels = "native" if auto or stage.kernels == "native" else "torch"
-        if stage.compile:
-            lean.check_compiler(self.device)
         if stage.memory == "lean":
             self._heads = functools.partial(lean.heads, compiled=stage.compile, native=self.kernels == "native")
         elif stage.compile:
@@ -159,17 +167,20 @@ class StageModule(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         if self._optimizer_state is not None:
-            optimizer, saved = self.optimizers().optimizer, self._optimizer_state  # type: ignore[union-attr]
-            try:
-                # The hyper-parameters are those of the recipe, which may have changed, and of this device.
-                groups = [
-                    {**own, "params": old["params"]}
-                    for own, old in zip(optimizer.param_groups, saved["param_groups"], strict=True)
-                ]
-                optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-            except (ValueError, KeyError) as error:
-                raise CheckpointMismatch(f"the checkpoint holds the state of another optimiser: {error}") from error
+            self._load_optimizer(self.optimizers().optimizer)  # type: ignore[union-attr]
             self._optimizer_state = None
+
+    def _load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        saved = self._optimizer_state
+        assert saved is not None
+        try:
+            # The hyper-parameters are those of the recipe, which may have changed, and of this device.
+            groups = [
+                {**own, "params": old["params"]} for own, old in zip(optimizer.param_groups, saved["param_groups"], strict=True)
+            ]
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        except (ValueError, KeyError) as error:
+            raise CheckpointMismatch(f"the checkpoint holds the state of another optimiser: {error}") from error
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self.stage.minutes:  # one clock for all processes, or each would take another step

@@ -26,7 +26,15 @@ import torch
 
 from memnet_fast import __version__, files
 from memnet_fast.config import MemNetConfig
-from memnet_fast.errors import CheckpointMismatch, InputError, MemNetError, MissingExtra, OutputError, ProcessLost
+from memnet_fast.errors import (
+    BackendUnavailable,
+    CheckpointMismatch,
+    InputError,
+    MemNetError,
+    MissingExtra,
+    OutputError,
+    ProcessLost,
+)
 from memnet_fast.evaluation import mean_psnr
 from memnet_fast.fused import fuse
 from memnet_fast.reference import MemNet
@@ -41,9 +49,10 @@ try:
     import lightning
     from lightning.pytorch.callbacks import Callback, TQDMProgressBar
     from lightning.pytorch.loggers import TensorBoardLogger
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-    from memnet_fast.training.module import StageModule
+    from memnet_fast.training.module import StageModule, check_stage
 except ImportError as error:
     raise MissingExtra(f"training needs Lightning and TensorBoard ({error}); pip install 'memnet_fast[train]'") from error
 
@@ -125,7 +134,8 @@ def train(
     up gradients in another order.
     override: also with a changed recipe. max_minutes: stop after that time, with a checkpoint and stopped.result.
 
-    Raises InputError (recipe, data, folder in use), CheckpointMismatch (changed recipe or data; lists the changes),
+    Raises InputError (recipe, data, folder in use), BackendUnavailable (devices that are not there) and CheckpointMismatch
+    (changed recipe or data; lists the changes), before anything is made unless several processes find different data;
     NumericError (the loss is not finite; last.ckpt keeps an earlier state), ProcessLost (of several processes one ended; all
     do), OutputError.
     """
@@ -150,14 +160,17 @@ def train(
     output = Path(recipe.output).expanduser()
     with contextlib.ExitStack() as stack:
         ending = stack.enter_context(_ending_with_launcher())
+        run = _Run(recipe, output, images, validation, hardware, stopping, ending)
+        # What cannot begin is refused before anything is made.
+        start = None if run.begun else run.start(resume, override)
         if _first_process():
             try:
                 output.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise InputError(f"cannot make the output folder {output}: {error.strerror or error}") from error
             stack.enter_context(_locked(output))
-        run = _Run(recipe, output, images, validation, hardware, stopping, ending)
-        start = run.start(resume, override)
+        if start is None or run.begun:  # read when no other training writes it any more
+            start = run.start(resume, override)
         stack.enter_context(stopping.listening())
         outcome = run.stages(*start)
     if _first_process():
@@ -229,6 +242,16 @@ def _several(world: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Lightning advises about loaders, loggers and devices of other kinds of training."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning.*")
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        yield
+
+
+@contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One training for each folder. The lock goes with the process, however that ends."""
     try:
@@ -272,14 +295,36 @@ class _Run:
     def last(self) -> Path:
         return self.output / "last.ckpt"
 
+    @property
+    def begun(self) -> bool:
+        return os.path.exists(self.last)  # Path.exists raises where it may not look
+
+    @property
+    def world(self) -> int:
+        """Processes."""
+        return self.hardware.devices * self.hardware.nodes
+
     # Where a run begins
 
     def start(self, resume: bool, override: bool) -> tuple[MemNet, dict[str, Any] | None]:
-        """The network of the stage to begin with, and the state within it, if it has one."""
-        if self.last.exists():
+        """The network of the stage to begin with, and the state within it, if it has one. Raises also where one of the stages
+        to come cannot be trained here."""
+        if self.begun:
             if not resume:
                 raise InputError(f"{self.output} holds a training already; go on with --resume auto or choose another output")
-            return self._resumed(override)
+            net, state = self._resumed(override)
+        else:
+            net, state = self._new(), None
+        with _without_advice():
+            try:
+                device = self._trainer(logger=False).strategy.root_device
+            except MisconfigurationException as error:
+                raise BackendUnavailable(self.hardware.accelerator, " ".join(str(error).split())) from error
+        for stage in self.recipe.stages[self.stage :]:
+            check_stage(stage, net, device, self.world)
+        return net, state
+
+    def _new(self) -> MemNet:
         first = self.recipe.stages[0].recursions
         config = MemNetConfig.from_dict({**self.recipe.network.to_dict(), "num_recursions": first})
         if not self.recipe.init:
@@ -291,13 +336,13 @@ class _Run:
                 for parameter in net.recon.parameters():
                     torch.nn.init.zeros_(parameter)
             torch.nn.init.constant_(net.first.bn.bias, self.recipe.first_shift)
-            return net, None
+            return net
         net, self.history = load_result(bundled().get(self.recipe.init) or Path(self.recipe.init).expanduser())
         net = grow(net, first)
         if net.config != config:
             changes = differences(net.config.to_dict(), config.to_dict())
             raise CheckpointMismatch(f"{self.recipe.init} holds another network: {'; '.join(changes)}")
-        return net, None
+        return net
 
     def _resumed(self, override: bool) -> tuple[MemNet, dict[str, Any] | None]:
         saved = read_state(self.last, ("version", "recipe", "data", "config", "stage", "history", "best", "state"))
@@ -345,35 +390,35 @@ class _Run:
 
     def _fit(self, module: StageModule) -> None:
         remaining = module.stage.steps - module.step
-        world = self.hardware.devices * self.hardware.nodes
         callbacks: list[Callback] = [_Watch(self)]
         if self.hardware.bar:
             callbacks.append(TQDMProgressBar())
-        with warnings.catch_warnings():
-            # Lightning advises about loaders and loggers of other kinds of training.
-            warnings.filterwarnings("ignore", module="lightning.*")
-            for name in ("lightning.pytorch", "lightning.fabric"):
-                logging.getLogger(name).setLevel(logging.WARNING)
-            trainer = lightning.Trainer(
-                accelerator=self.hardware.accelerator,
-                devices=self.hardware.devices,
-                num_nodes=self.hardware.nodes,
-                strategy="ddp" if world > 1 else "auto",
+        with _without_advice():
+            trainer = self._trainer(
                 precision="bf16-mixed" if module.stage.precision == "bf16" else "32-true",
                 max_steps=remaining,
                 limit_train_batches=remaining * module.stage.accumulate,
                 accumulate_grad_batches=module.stage.accumulate,
                 sync_batchnorm=module.stage.sync_batchnorm,
-                use_distributed_sampler=False,
-                enable_checkpointing=False,
-                enable_model_summary=False,
-                enable_progress_bar=self.hardware.bar,
                 callbacks=callbacks,
                 logger=TensorBoardLogger(self.output, name="tensorboard", version=f"stage{self.stage + 1}"),
                 log_every_n_steps=1,  # the module decides; Lightning's own count begins anew after an interruption
             )
-            with _several(world):
+            with _several(self.world):
                 trainer.fit(module)
+
+    def _trainer(self, **options: Any) -> lightning.Trainer:
+        return lightning.Trainer(
+            accelerator=self.hardware.accelerator,
+            devices=self.hardware.devices,
+            num_nodes=self.hardware.nodes,
+            strategy="ddp" if self.world > 1 else "auto",
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=self.hardware.bar,
+            **options,
+        )
 
     def _after_step(self, module: StageModule) -> None:
         done = module.ended
@@ -448,7 +493,7 @@ class _Run:
             "images_sha256": self.digest,
             "device": device,
             "kernels": module.kernels,
-            "processes": self.hardware.devices * self.hardware.nodes,
+            "processes": self.world,
             "hours": round(module.elapsed() / 3600, 3),
             "program": __version__,
         }
