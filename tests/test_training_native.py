@@ -325,6 +325,8 @@ def test_networks_that_the_kernels_cannot_train_are_refused(monkeypatch: pytest.
         (("training.kernels=native", "training.compile=true"), "kernels = 'native' needs memory = 'lean' and compile = false"),
         (("training.kernels=native", "network.channels=8"), "kernels = 'native' needs a multiple of 16 channels, not 8"),
         (("stages.1.kernels=native",), "kernels = 'native' needs a multiple of 16 channels, not 4"),
+        (("network.sharing=none",), "recursions of 1, 2: stages only grow, and only networks with sharing = 'conv' do"),
+        (("stages.0.recursions=3",), "recursions of 3, 2: stages only grow, and only networks with sharing = 'conv' do"),
         (("identity_start=1",), "identity_start must be true or false"),
     ],
 )

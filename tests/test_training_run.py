@@ -433,6 +433,11 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path: Path)
         train(recipe(tmp_path, output=tmp_path / "file"), hardware=CPU)
     with pytest.raises(InputError, match="there is no folder"):
         train(recipe(tmp_path, validation=tmp_path / "nowhere"), hardware=CPU)
+    (tmp_path / "small").mkdir()
+    Image.fromarray(np.zeros((11, 40), np.uint8)).save(tmp_path / "small" / "0.png")
+    sr = recipe(tmp_path, task='"sr"', levels__only="[2]", validation=tmp_path / "small")
+    with pytest.raises(InputError, match="40 x 11 is smaller than 12 x 12"):  # nothing to compare at the scale of 4
+        train(sr, hardware=CPU)
     with pytest.raises(InputError, match="there is no file"):
         train(recipe(tmp_path, init=tmp_path / "nowhere"), hardware=CPU)
     with pytest.raises(BackendUnavailable, match="backend 'cuda' cannot run"):  # nowhere are there so many

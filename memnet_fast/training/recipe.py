@@ -172,6 +172,10 @@ class Recipe:
             raise InputError("first_shift and head_start must be finite")
         if (self.network.in_channels, self.network.out_channels) != (1, 1):
             raise InputError("networks are trained on gray images: in_channels and out_channels are 1")
+        recursions = [stage.recursions for stage in self.stages]
+        if recursions != sorted(recursions) or (self.network.sharing != "conv" and recursions[0] != recursions[-1]):
+            said = ", ".join(map(str, recursions))
+            raise InputError(f"recursions of {said}: stages only grow, and only networks with sharing = 'conv' do")
         if any(stage.kernels == "native" for stage in self.stages) and self.network.channels % 16:
             raise InputError(f"kernels = 'native' needs a multiple of 16 channels, not {self.network.channels}")
 

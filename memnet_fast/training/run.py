@@ -156,7 +156,9 @@ def train(
     stopping = _Stopping(max_minutes)
     least = max(least_side(recipe.levels, stage.patch) for stage in recipe.stages)
     images = data.load_gray_images(recipe.data, least)
-    validation = data.load_gray_images(recipe.validation) if recipe.validation else []
+    # For sr a border as wide as the scale is not compared: of an image three times as wide, something is left.
+    compared = 3 * int(max(find_task(recipe.task).levels)) if recipe.task == "sr" else 1
+    validation = data.load_gray_images(recipe.validation, compared) if recipe.validation else []
     output = Path(recipe.output).expanduser()
     with contextlib.ExitStack() as stack:
         ending = stack.enter_context(_ending_with_launcher())
