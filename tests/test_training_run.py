@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -333,7 +334,11 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     train(recipe(tmp_path), hardware=CPU)
     last = tmp_path / "run" / "last.ckpt"
     good = last.read_bytes()
-    for bad in (b"", good[: len(good) // 2], b"no checkpoint", (tmp_path / "run" / "result").read_bytes()):
+    one_bit = bytearray(good)
+    with zipfile.ZipFile(last) as archive:
+        tensor = max(archive.infolist(), key=lambda entry: entry.file_size)
+    one_bit[tensor.header_offset + tensor.file_size // 2] ^= 4
+    for bad in (b"", good[: len(good) // 2], b"no checkpoint", one_bit, (tmp_path / "run" / "result").read_bytes()):
         last.write_bytes(bad)
         with pytest.raises(CheckpointCorrupt, match="last.ckpt"):
             train(recipe(tmp_path), resume=True, hardware=CPU)
@@ -341,6 +346,12 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     torch.save({**dict.fromkeys(("recipe", "data", "stage", "best", "state"), 0), **state, "version": 1}, last)
     with pytest.raises(CheckpointMismatch, match="version 1"):
         train(recipe(tmp_path), resume=True, hardware=CPU)
+
+
+def test_a_pipe_is_no_start_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe is not a file"):
+        load_result(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
