@@ -324,6 +324,15 @@ def test_processes_of_torchrun_that_would_train_alone_are_refused(tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+def test_gpus_that_are_not_there_are_exit_code_5_and_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    count = torch.cuda.device_count() + 1
+    with pytest.raises(SystemExit) as left:
+        cli.main(["train", str(recipe_file(tmp_path)), "--accelerator", "cuda", "--devices", str(count)])
+    said = capsys.readouterr().err
+    assert left.value.code == 5 and f"training was to have {count} CUDA devices" in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_output_folder_without_room_for_a_lock_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run" / ".lock").mkdir(parents=True)
     with pytest.raises(OutputError, match="cannot write into"):

@@ -26,7 +26,15 @@ import torch
 
 from memnet_fast import __version__, files
 from memnet_fast.config import MemNetConfig
-from memnet_fast.errors import CheckpointMismatch, InputError, MemNetError, MissingExtra, OutputError, ProcessLost
+from memnet_fast.errors import (
+    BackendUnavailable,
+    CheckpointMismatch,
+    InputError,
+    MemNetError,
+    MissingExtra,
+    OutputError,
+    ProcessLost,
+)
 from memnet_fast.evaluation import mean_psnr
 from memnet_fast.fused import fuse
 from memnet_fast.reference import MemNet
@@ -127,8 +135,9 @@ def train(
 
     Raises InputError (recipe, data, folder in use), CheckpointMismatch (changed recipe or data; lists the changes),
     NumericError (the loss is not finite; last.ckpt keeps an earlier state), ProcessLost (of several processes one ended; all
-    do), OutputError.
+    do), OutputError, BackendUnavailable (fewer GPUs than asked for).
     """
+    _require_devices(hardware)
     if not recipe.data:
         raise InputError("the recipe names no data; add data=FOLDER")
     if not recipe.output:
@@ -166,6 +175,14 @@ def train(
         else:
             _log.info("stopped in stage %d after step %d; --resume auto goes on", outcome.stage + 1, outcome.step)
     return outcome
+
+
+def _require_devices(hardware: Hardware) -> None:
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if hardware.accelerator == "cpu" or (hardware.accelerator == "auto" and not there):
+        return
+    if hardware.devices > there:
+        raise BackendUnavailable("cuda", f"training was to have {hardware.devices} CUDA devices, PyTorch sees {there}")
 
 
 def _launcher() -> int | None:
