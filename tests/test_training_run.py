@@ -444,6 +444,8 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path: Path)
         train(recipe(tmp_path, data=tmp_path / "empty"), hardware=CPU)
     with pytest.raises(InputError, match="2 of 2 images .* smaller than 41 x 41"):
         train(recipe(tmp_path, training__patch=41), hardware=CPU)
+    with pytest.raises(InputError, match="one pixel has no statistics"):
+        train(recipe(tmp_path, training__patch=1, training__batch=1), hardware=CPU)
     with pytest.raises(InputError, match="max_minutes"):
         train(recipe(tmp_path), max_minutes=0, hardware=CPU)
     (tmp_path / "file").write_text("in the way")

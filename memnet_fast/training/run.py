@@ -152,6 +152,8 @@ def train(
     for stage in recipe.stages:
         if stage.batch % world:
             raise InputError(f"a batch of {stage.batch} cannot be shared by {world} processes")
+        if stage.batch == world and stage.patch == 1:
+            raise InputError("one pixel has no statistics to normalise by; take a larger batch or patch")
     stopping = _Stopping(max_minutes)
     least = max(least_side(recipe.levels, stage.patch) for stage in recipe.stages)
     images = data.load_gray_images(recipe.data, least)
