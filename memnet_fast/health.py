@@ -131,7 +131,7 @@ def _nvcc() -> dict[str, Any]:
 
 
 def _backends() -> list[dict[str, Any]]:
-    """One row for each backend and kind of device that is here."""
+    """One row for each backend and kind of device that is here. precisions: those that it takes there, its best first."""
     import torch
 
     from memnet_fast.backends import LADDER
@@ -141,9 +141,13 @@ def _backends() -> list[dict[str, Any]]:
     rows = []
     for name, module in LADDER.items():
         for device in devices:
-            best = module.PRECISIONS[0], module.ALGORITHMS[0]
-            reason = module.why_not(PRESETS["memnet_m6r6"], torch.device(device), *best)
-            rows.append({"backend": name, "device": device, "can_run": reason is None, "reason": reason})
+            reasons = {
+                precision: module.why_not(PRESETS["memnet_m6r6"], torch.device(device), precision, module.ALGORITHMS[0])
+                for precision in module.PRECISIONS
+            }
+            reason = reasons[module.PRECISIONS[0]]
+            taken = [precision for precision, why in reasons.items() if why is None]
+            rows.append({"backend": name, "device": device, "can_run": reason is None, "reason": reason, "precisions": taken})
     return rows
 
 

@@ -144,6 +144,7 @@ def test_what_runs_by_default(run, model, told):
         (("--device", "meta"), 2, "meta"),
         (("--device", "cuda:99"), 5, "CUDA"),
         (("--backends", "cuda", "--device", "cpu"), 5, "cuda"),
+        (("--backends", "cpu", "--device", "cpu", "-p", "fp16"), 5, "not fp16"),
         (("--threads", "0"), 2, "--threads"),
         (("--threads", "-1"), 2, "--threads"),
         (("--threads", "100000"), 2, "this process may use"),
@@ -158,6 +159,14 @@ def test_bad_options_are_one_line(run, told, model, arguments, code, word):
     given = arguments if "--model" in arguments else ("-n", model, *arguments)
     left, out, said = run(*given)
     assert left == code and word in said and len(said.strip().splitlines()) == 1 and not out
+
+
+def test_a_backend_that_cannot_run_here_is_not_blamed_on_a_precision_nobody_asked_for(run, told, model):
+    told(row("ours"))
+    left, _, said = run("-n", model, "--backends", "cuda", "--device", "cpu")
+    assert left == 5 and "fp32" not in said
+    left, _, said = run("-n", model, "--backends", "cuda", "--device", "cpu", "-p", "fp32")
+    assert left == 5 and "not fp32" in said
 
 
 def test_sizes_by_default(run, model, told, monkeypatch):

@@ -94,6 +94,16 @@ def test_nonfinite_weights_only_on_demand(run, tmp_path):
     assert weights.load_weights(out, allow_nonfinite=True).first.conv.bias[0].isinf()
 
 
+def test_an_unforeseen_error_is_one_line_unless_verbose(run, caffe, tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(weights, "save_weights", broken)
+    code, _, err = run("convert", caffe, tmp_path / "out.safetensors")
+    assert (code, err) == (1, "memnet: error: unexpected RuntimeError: a bug (-v shows where)\n")
+    assert "Traceback" in run("convert", "-v", caffe, tmp_path / "out.safetensors")[2]
+
+
 def test_help_does_not_wait_for_torch_and_names_the_command(run):
     code, out, _ = run("--help")
     assert code == 0 and "  convert " in out

@@ -13,7 +13,7 @@ from support.restoring import small_net
 
 import memnet_fast as mf
 from memnet_fast import health, native, native_cuda, weights
-from memnet_fast.cli.doctor import _cuda_module
+from memnet_fast.cli.doctor import _cuda_module, _rows
 
 
 @pytest.fixture
@@ -32,7 +32,13 @@ def test_the_report_is_json_and_tells_what_is_here(bundled):
     assert report["packages"]["torch"] == torch.__version__
     assert report["cpu"]["torch_threads"] == torch.get_num_threads() and report["cpu"]["model"]
     assert report["cuda"]["ok"] == torch.cuda.is_available()
-    assert {"backend": "torch", "device": "cpu", "can_run": True, "reason": None} in report["backends"]
+    precisions = ["fp32", "tf32", "bf16", "fp16", "fp8"]
+    row = {"backend": "torch", "device": "cpu", "can_run": True, "reason": None, "precisions": precisions}
+    assert row in report["backends"]
+    told = {part["backend"]: part["precisions"] for part in report["backends"] if part["device"] == "cpu"}
+    bf16 = report["native"]["ok"] and report["native"]["why_no_bf16"] is None
+    assert told["cuda"] == [] and ("bf16" in told["cpu"]) == bf16
+    assert any("on cpu: fp32, tf32, bf16, fp16, fp8" in cell for line in _rows(report) for cell in line)
     assert report["weights"] == [
         {"name": "memnet_m6r6.denoise", "ok": True, "reason": None, "sha256": weights.load_info(bundled)["sha256"]}
     ]

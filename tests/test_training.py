@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,7 @@ def test_folder_is_read_whole_and_bad_files_are_counted(tmp_path: Path, caplog: 
 def test_bundled_recipes_are_sound_and_are_themselves_again(name: str) -> None:
     loaded = load_recipe(name)
     assert loaded.task == name.split("_")[0] and loaded.network.num_recursions == 6
+    assert re.fullmatch(r"# .+\.", bundled()[name].read_text().splitlines()[0])  # what `memnet recipes` shows: a sentence
     assert not differences(loaded.to_dict(), load_recipe(name, ("data=x", "output=y", "save_minutes=1")).to_dict())
     if name.endswith("_paper"):
         (stage,) = loaded.stages

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,15 @@ def test_processes_of_torchrun_that_would_train_alone_are_refused(tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+def test_gpus_that_are_not_there_are_exit_code_5_and_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    count = torch.cuda.device_count() + 1
+    with pytest.raises(SystemExit) as left:
+        cli.main(["train", str(recipe_file(tmp_path)), "--accelerator", "cuda", "--devices", str(count)])
+    said = capsys.readouterr().err
+    assert left.value.code == 5 and f"training was to have {count} CUDA devices" in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_output_folder_without_room_for_a_lock_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run" / ".lock").mkdir(parents=True)
     with pytest.raises(OutputError, match="cannot write into"):
@@ -335,7 +345,11 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     train(recipe(tmp_path), hardware=CPU)
     last = tmp_path / "run" / "last.ckpt"
     good = last.read_bytes()
-    for bad in (b"", good[: len(good) // 2], b"no checkpoint", (tmp_path / "run" / "result").read_bytes()):
+    one_bit = bytearray(good)
+    with zipfile.ZipFile(last) as archive:
+        tensor = max(archive.infolist(), key=lambda entry: entry.file_size)
+    one_bit[tensor.header_offset + tensor.file_size // 2] ^= 4
+    for bad in (b"", good[: len(good) // 2], b"no checkpoint", one_bit, (tmp_path / "run" / "result").read_bytes()):
         last.write_bytes(bad)
         with pytest.raises(CheckpointCorrupt, match="last.ckpt"):
             train(recipe(tmp_path), resume=True, hardware=CPU)
@@ -343,6 +357,12 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     torch.save({**dict.fromkeys(("recipe", "data", "stage", "best", "state"), 0), **state, "version": 1}, last)
     with pytest.raises(CheckpointMismatch, match="version 1"):
         train(recipe(tmp_path), resume=True, hardware=CPU)
+
+
+def test_a_pipe_is_no_start_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe is not a file"):
+        load_result(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -426,6 +446,8 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path: Path)
         train(recipe(tmp_path, data=tmp_path / "empty"), hardware=CPU)
     with pytest.raises(InputError, match="2 of 2 images .* smaller than 41 x 41"):
         train(recipe(tmp_path, training__patch=41), hardware=CPU)
+    with pytest.raises(InputError, match="one pixel has no statistics"):
+        train(recipe(tmp_path, training__patch=1, training__batch=1), hardware=CPU)
     with pytest.raises(InputError, match="max_minutes"):
         train(recipe(tmp_path), max_minutes=0, hardware=CPU)
     (tmp_path / "file").write_text("in the way")

@@ -130,7 +130,8 @@ def _chosen(net: MemNet, device: str, backends: str, peers: str, precision: str)
     own = [v for v in own_variants(net, device) if v.precision in wanted and v.own is not None]
     for name in asked if backends != "all" else ():
         if all(v.own is None or v.own[0] != name for v in own):
-            reason = LADDER[name].why_not(net.config, torch.device(device), wanted[0], LADDER[name].ALGORITHMS[0])
+            best = LADDER[name].PRECISIONS[0] if precision == "auto" else wanted[0]
+            reason = LADDER[name].why_not(net.config, torch.device(device), best, LADDER[name].ALGORITHMS[0])
             raise BackendUnavailable(name, reason or f"not in {', '.join(wanted)}")
     if asked:
         own = [v for v in own if v.own is not None and v.own[0] in asked]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from memnet_fast.cli.messages import say
+from memnet_fast.cli.messages import State, say
 from memnet_fast.errors import InputError
 
 _ENDINGS = (".safetensors", ".onnx", ".pt2")
@@ -16,7 +16,9 @@ _ENDINGS = (".safetensors", ".onnx", ".pt2")
 @click.argument("src", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("dst", metavar="DST.{safetensors,onnx,pt2}", type=click.Path(path_type=Path))
 @click.option("--allow-nonfinite", is_flag=True, help="Keep NaN, infinite and huge weights and negative variances.")
-def convert(src: Path, dst: Path, allow_nonfinite: bool) -> int:
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+@click.pass_context
+def convert(ctx: click.Context, src: Path, dst: Path, allow_nonfinite: bool, verbose: bool) -> int:
     """Makes DST out of SRC: an official .caffemodel, its conversion to MXNet (.params, with the -symbol.json beside it), a
     PyTorch file (.pth, .pt, .pth.tar) or safetensors of a known port, or a file of this package. The content of SRC says what
     it is, not its name.
@@ -30,6 +32,7 @@ def convert(src: Path, dst: Path, allow_nonfinite: bool) -> int:
     ONNX and .pt2 are compared with the reference before they are written. DST appears whole or not at all; it may be SRC
     itself, which is then replaced in one step.
     """
+    ctx.ensure_object(State).verbose = verbose
     if dst.suffix not in _ENDINGS:
         raise InputError(f"the converted file must be called something{' or '.join(_ENDINGS)}, not {dst.name or dst}")
     from memnet_fast import weights

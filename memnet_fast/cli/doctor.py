@@ -39,7 +39,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
         _row("nvcc", report["nvcc"], str(report["nvcc"]["version"])),
     ]
     for row in report["backends"]:
-        rows.append(_row(f"backend {row['backend']}", {"ok": row["can_run"], "reason": row["reason"]}, f"on {row['device']}"))
+        detail = f"on {row['device']}: {', '.join(row['precisions'])}"
+        rows.append(_row(f"backend {row['backend']}", {"ok": row["can_run"], "reason": row["reason"]}, detail))
     rows += [_row(f"weights {row['name']}", row, f"sha256 {row['sha256']}") for row in report["weights"]]
     if not report["weights"]:
         rows.append(("weights", "no", "none are bundled with this installation"))

@@ -6,26 +6,41 @@ import dataclasses
 import io
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from memnet_fast.config import MemNetConfig
-from memnet_fast.errors import CheckpointCorrupt, InputError
+from memnet_fast.errors import CheckpointCorrupt, CheckpointError, InputError
 from memnet_fast.files import write_whole
 from memnet_fast.reference import MemNet
 from memnet_fast.weights import load_any
+from memnet_fast.weights.source import read_file
+
+_MAX_BYTES = 1 << 34
 
 
 def read_state(path: str | os.PathLike[str], keys: tuple[str, ...]) -> dict[str, Any]:
-    """A file of `write_state`, on the CPU; nothing in it is run. Raises CheckpointCorrupt."""
+    """A file of `write_state`, on the CPU; nothing in it is run.
+
+    Raises InputError (no such file, or not a regular one), CheckpointTooLarge, and CheckpointCorrupt, also for one wrong bit.
+    """
+    if not os.path.exists(path):
+        raise InputError(f"there is no file {path}")
+    file = io.BytesIO(read_file(Path(path), _MAX_BYTES))
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}") from None
-    except Exception as error:  # torch.load raises whatever its parts raise
-        raise CheckpointCorrupt(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        # torch.save writes a checksum of every tensor, which torch.load does not look at.
+        with zipfile.ZipFile(file) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise CheckpointCorrupt(f"{path} is damaged: {damaged} has another checksum")
+        file.seek(0)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # both raise whatever their parts raise
+        raise CheckpointCorrupt(f"{path} cannot be read: {(str(error) or repr(error)).splitlines()[0]}") from error
     missing = [key for key in keys if not isinstance(state, dict) or key not in state]
     if missing:
         raise CheckpointCorrupt(f"{path} is no file of a training: it lacks {', '.join(missing)}")

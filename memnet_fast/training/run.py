@@ -49,7 +49,6 @@ try:
     import lightning
     from lightning.pytorch.callbacks import Callback, TQDMProgressBar
     from lightning.pytorch.loggers import TensorBoardLogger
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     from memnet_fast.training.module import StageModule, check_stage
@@ -134,11 +133,12 @@ def train(
     up gradients in another order.
     override: also with a changed recipe. max_minutes: stop after that time, with a checkpoint and stopped.result.
 
-    Raises InputError (recipe, data, folder in use), BackendUnavailable (devices that are not there) and CheckpointMismatch
+    Raises InputError (recipe, data, folder in use), BackendUnavailable (fewer GPUs than asked for) and CheckpointMismatch
     (changed recipe or data; lists the changes), before anything is made unless several processes find different data;
     NumericError (the loss is not finite; last.ckpt keeps an earlier state), ProcessLost (of several processes one ended; all
     do), OutputError.
     """
+    _require_devices(hardware)
     if not recipe.data:
         raise InputError("the recipe names no data; add data=FOLDER")
     if not recipe.output:
@@ -153,6 +153,8 @@ def train(
     for stage in recipe.stages:
         if stage.batch % world:
             raise InputError(f"a batch of {stage.batch} cannot be shared by {world} processes")
+        if stage.batch == world and stage.patch == 1:
+            raise InputError("one pixel has no statistics to normalise by; take a larger batch or patch")
     stopping = _Stopping(max_minutes)
     least = max(least_side(recipe.levels, stage.patch) for stage in recipe.stages)
     images = data.load_gray_images(recipe.data, least)
@@ -181,6 +183,14 @@ def train(
         else:
             _log.info("stopped in stage %d after step %d; --resume auto goes on", outcome.stage + 1, outcome.step)
     return outcome
+
+
+def _require_devices(hardware: Hardware) -> None:
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if hardware.accelerator == "cpu" or (hardware.accelerator == "auto" and not there):
+        return
+    if hardware.devices > there:
+        raise BackendUnavailable("cuda", f"training was to have {hardware.devices} CUDA devices, PyTorch sees {there}")
 
 
 def _launcher() -> int | None:
@@ -318,10 +328,7 @@ class _Run:
         else:
             net, state = self._new(), None
         with _without_advice():
-            try:
-                device = self._trainer(logger=False).strategy.root_device
-            except MisconfigurationException as error:
-                raise BackendUnavailable(self.hardware.accelerator, " ".join(str(error).split())) from error
+            device = self._trainer(logger=False).strategy.root_device
         for stage in self.recipe.stages[self.stage :]:
             check_stage(stage, net, device, self.world)
         return net, state
