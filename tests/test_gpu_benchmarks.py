@@ -523,3 +523,10 @@ def test_window_runs_every_file_with_gpu_tests() -> None:
     marked = re.compile(r"mark\.gpu|import .*\bplaces\b|support\.places")
     expected = {f"tests/{path.name}" for path in tests.glob("test_*.py") if marked.search(path.read_text())}
     assert set(files) == expected - {"tests/test_gpu_on_twin.py"}  # which needs none
+
+
+def test_every_gpu_test_is_of_some_step() -> None:
+    """The steps choose by the names cuda and triton; the parametrised ones have them from their candidates and places."""
+    for path in (ROOT / "tests").glob("test_*.py"):
+        for name in re.findall(r"^@pytest\.mark\.gpu\n(?:@.*\n)*def (\w+)", path.read_text(), re.MULTILINE):
+            assert "cuda" in name or "triton" in name, f"{path.name}: {name}"
