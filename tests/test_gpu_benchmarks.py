@@ -530,3 +530,22 @@ def test_every_gpu_test_is_of_some_step() -> None:
     for path in (ROOT / "tests").glob("test_*.py"):
         for name in re.findall(r"^@pytest\.mark\.gpu\n(?:@.*\n)*def (\w+)", path.read_text(), re.MULTILINE):
             assert "cuda" in name or "triton" in name, f"{path.name}: {name}"
+
+
+def test_a_process_that_lost_the_gpu_ends(request, monkeypatch):
+    """It would fail all tests that are left. A worker of xdist dies, so that another one takes its place."""
+    conftest = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    conftest.pytest_runtest_logfinish("one")
+
+    def exits(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", exits)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", _broken)
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    with pytest.raises(SystemExit):
+        conftest.pytest_runtest_logfinish("two")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER")
+    with pytest.raises(pytest.exit.Exception, match="since three"):
+        conftest.pytest_runtest_logfinish("three")
