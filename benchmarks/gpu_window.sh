@@ -3,7 +3,8 @@
 #
 # A visit is three calls of less than ten minutes each, in this order; each stays below BUDGET where every step takes all of its
 # LIMIT (below). One call after the other, while the machine still has the build of the first: where it has not, "build" comes
-# first by itself, and what then finds no time left is said in steps.jsonl. A step that hangs costs its limit and ten seconds.
+# first by itself, and what then finds no time left is said in steps.jsonl. A step that hangs costs its limit and ten seconds,
+# one of tests twenty.
 #
 #   STEPS="facts build smoke headline" benchmarks/gpu_window.sh     is it right, is it fast; beside the build, parity of Triton
 #   STEPS="parity sanitize micro peers" benchmarks/gpu_window.sh    is all of it right; what the design rests on; torch.compile
@@ -97,7 +98,7 @@ record() { # name status seconds
 }
 
 # bounded LOG LIMIT COMMAND...: at most LIMIT seconds and what is left of the budget. SIGINT first, so that pytest still writes
-# what it knows (a command in the background would otherwise ignore it), SIGKILL ten seconds later.
+# what it knows (a command in the background would otherwise ignore it), SIGKILL PATIENCE seconds later, by default ten.
 bounded() {
   local log=$WORK/logs/$1.log left=$((BUDGET - SECONDS)) limit=$2
   shift 2
@@ -106,7 +107,7 @@ bounded() {
     echo "no time left" >"$log"
     return 125
   fi
-  env --default-signal=INT timeout -s INT -k 10 "$limit" "$@" >"$log" 2>&1
+  env --default-signal=INT timeout -s INT -k "${PATIENCE:-10}" "$limit" "$@" >"$log" 2>&1
 }
 
 step() { # name seconds command...
@@ -135,6 +136,9 @@ else
     has pytest_timeout && PYTEST+=(--timeout 60 --timeout-method thread)
   fi
 fi
+# For the first look, which has less time than a few tests that hang.
+HURRY=()
+[[ " ${PYTEST[*]} " == *" --timeout "* ]] && HURRY=(--timeout 25)
 # Every file with a test that needs a GPU (tests/test_gpu_benchmarks.py holds the list against the marks).
 GPU_TESTS=(tests/test_gpu_{parity,module,streams,benchmarks}.py tests/test_adversarial_inputs.py tests/test_restore_restorer.py)
 gpu_tests() { # junit, marker expression, -k expression, files...
@@ -146,12 +150,12 @@ collect_parity() {
   local files=("$WORK"/*.xml)
   [ -e "${files[0]}" ] && "$PYTHON" -m benchmarks.gpu.collect parity "${files[@]}" "$OUT/parity.json"
 }
-# timeout runs programs, not functions.
+# timeout runs programs, not functions. Before it writes what it knows, xdist waits ten seconds for workers that hang.
 export -f gpu_tests
 run_tests() { # name seconds, then as gpu_tests
   local name=$1 limit=$2
   shift 2
-  step "$name" "$limit" bash -c "$(declare -p PYTEST WORK); gpu_tests \"\$@\"" -- "$@"
+  PATIENCE=20 step "$name" "$limit" bash -c "$(declare -p PYTEST WORK); gpu_tests \"\$@\"" -- "$@"
 }
 
 # ---- steps ---------------------------------------------------------------------------------------------------------------
@@ -213,7 +217,7 @@ if wanted build; then
     cp -r kernels "$WORK/plain/memnet_fast/kernels"
     (
       export PYTHONPATH=$WORK/plain:$ROOT
-      bounded parity_triton 240 bash -c "$(declare -p PYTEST WORK); gpu_tests \"\$@\"" -- \
+      PATIENCE=20 bounded parity_triton 240 bash -c "$(declare -p PYTEST WORK); gpu_tests \"\$@\"" -- \
         parity_triton "gpu and not slow" triton "${GPU_TESTS[@]}"
       echo $? >"$WORK/parity_triton.status"
     ) &
@@ -234,7 +238,8 @@ if wanted build; then
   fi
 fi
 
-wanted smoke && run_tests smoke ${LIMIT[smoke]} smoke "gpu and not slow" "cuda and (full_depth or policy_matched)" tests/test_gpu_parity.py
+wanted smoke && run_tests smoke ${LIMIT[smoke]} smoke "gpu and not slow" "cuda and (full_depth or policy_matched)" \
+  tests/test_gpu_parity.py "${HURRY[@]}"
 
 wanted headline && network headline ${LIMIT[headline]} 1080p,256x256 fast
 

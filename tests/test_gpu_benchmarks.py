@@ -549,3 +549,13 @@ def test_a_process_that_lost_the_gpu_ends(request, monkeypatch):
     monkeypatch.delenv("PYTEST_XDIST_WORKER")
     with pytest.raises(pytest.exit.Exception, match="since three"):
         conftest.pytest_runtest_logfinish("three")
+
+
+def test_tests_that_hang_still_leave_their_results():
+    """A worker that waits for a kernel hears no SIGINT; pytest writes its results when xdist has given it up."""
+    manager = pytest.importorskip("xdist.workermanage").NodeManager
+    calls = re.findall(r"^.*\bbash -c .*gpu_tests .*$", _script(), re.MULTILINE)
+    assert len(calls) == 2
+    for call in calls:
+        patience = re.match(r" *PATIENCE=(\d+) ", call)
+        assert patience and int(patience[1]) >= manager.EXIT_TIMEOUT + 5, call
