@@ -432,6 +432,28 @@ def test_window_step_that_hangs_costs_only_itself(tmp_path):
     assert "begun" in (tmp_path / "out" / "log.txt").read_text()
 
 
+def test_window_goes_on_without_a_variant_that_took_the_gpu(tmp_path):
+    """The program says so by its status, and finds in its journal what it has written there."""
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    program = f"""#!/bin/sh
+case "$*" in *benchmarks.gpu.ops*)
+  for last; do :; done
+  cat "$last" >>{calls} 2>/dev/null; echo "$@" >>{calls}
+  [ -e "$last" ] && exit 0
+  echo "lost it" >"$last"; exit 7;;
+esac
+exec {sys.executable} "$@"
+"""
+    python.write_text(program)
+    python.chmod(0o755)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "ops.journal").write_text("of another call")
+    done, steps = window(tmp_path, DRY_RUN="1", STEPS="ops", PYTHON=str(python))
+    assert done.returncode == 0 and steps == {"ops": 0}, done.stdout
+    first, known, second = calls.read_text().splitlines()
+    assert known == "lost it" and first == second and "--journal" in first
+
+
 def test_window_budget(tmp_path):
     """What no time is left for is said, not begun."""
     done, steps = window(tmp_path, DRY_RUN="1", STEPS="train", TRAIN="echo begun", BUDGET="2")
