@@ -21,9 +21,11 @@ from support import faults, networks
 from benchmarks import report
 from benchmarks.gpu import cases, collect, network, ops, store, timing
 from memnet_fast import backends
+from memnet_fast.backends import cuda_tables
 from memnet_fast.backends import torch as torch_backend
 from memnet_fast.bench import clocks, gpu_peers, truth
 from memnet_fast.config import MemNetConfig
+from memnet_fast.plan import Recipe, State
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -188,7 +190,16 @@ def test_candidates_can_be_named(case):
 # Single operations ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
+@pytest.mark.parametrize("op", cases.op_cases(), ids=lambda op: op.name)
+@pytest.mark.parametrize("precision", backends.cuda.PRECISIONS)
+def test_operations_are_packed_for_cuda(op, precision):
+    """What the backend does with a plan before it needs a GPU."""
+    recipes = {name: Recipe(tuple(weight.shape), (State(name),)) for name, weight in op.plan.weights.items()}
+    for hopper in (True, False) if precision != "fp8" else (True,):
+        assert cuda_tables.build(op.plan.ops, recipes, list(recipes), {}, precision, hopper, False).packed_bytes > 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16", "fp8"])
 def test_operations_pass_their_gate_and_faults_do_not(precision, monkeypatch):
     for index, op in enumerate(cases.op_cases()):
         placed = ops.PlacedOp(op, "torch", precision, None, 17, 18, CPU)
