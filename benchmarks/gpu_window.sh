@@ -144,8 +144,9 @@ if [ -n "$DRY_RUN" ]; then
 else
   # A kernel that writes elsewhere poisons its whole process: several workers lose only their own tests. A test that hangs ends.
   # By a thread, for no signal reaches a worker that waits for a kernel; it ends the worker, so there must be several.
+  # A fault that many tests meet costs as many workers, of which xdist by itself allows four in the place of each.
   if has xdist; then
-    PYTEST+=(-n "$((JOBS < 8 ? JOBS : 8))")
+    PYTEST+=(-n "$((JOBS < 8 ? JOBS : 8))" --max-worker-restart 1000)
     has pytest_timeout && PYTEST+=(--timeout 60 --timeout-method thread)
   fi
 fi
