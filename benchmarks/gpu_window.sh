@@ -3,7 +3,8 @@
 #
 # A visit is three calls of less than ten minutes each, in this order; each stays below BUDGET where every step takes all of its
 # LIMIT (below). One call after the other, while the machine still has the build of the first: where it has not, "build" comes
-# first by itself, and what then finds no time left is said in steps.jsonl. A step that hangs costs its limit and ten seconds.
+# first by itself, and what then finds no time left is said in steps.jsonl. A step that hangs costs its limit and ten seconds,
+# one of tests twenty.
 #
 #   STEPS="facts build smoke headline" benchmarks/gpu_window.sh     is it right, is it fast; beside the build, parity of Triton
 #   STEPS="parity sanitize micro peers" benchmarks/gpu_window.sh    is all of it right; what the design rests on; torch.compile
@@ -38,7 +39,7 @@ STEPS=${STEPS:-facts build smoke headline parity sanitize micro peers ops profil
 TRAIN=${TRAIN:-}
 LIB=$WORK/lib
 # Seconds at most. Parity and sanitizers run at once; build holds another 40 for facts, profile 40 of reading its file.
-declare -A LIMIT=([facts]=40 [build]=280 [smoke]=60 [headline]=100 [parity]=200 [sanitize]=150 [micro]=90 [peers]=170
+declare -A LIMIT=([facts]=40 [build]=280 [smoke]=60 [headline]=100 [parity]=200 [sanitize]=150 [micro]=90 [peers]=230
   [ops]=130 [profile]=130 [sizes]=120 [slow]=120 [train]=${TRAIN_SECONDS:-500})
 # A dry run has no clock to beat: on a busy machine an import alone can take a minute.
 [ -n "$DRY_RUN" ] && for step in ${!LIMIT[*]}; do [ "$step" = train ] || LIMIT[$step]=$((4 * LIMIT[$step])); done
@@ -97,7 +98,7 @@ record() { # name status seconds
 }
 
 # bounded LOG LIMIT COMMAND...: at most LIMIT seconds and what is left of the budget. SIGINT first, so that pytest still writes
-# what it knows (a command in the background would otherwise ignore it), SIGKILL ten seconds later.
+# what it knows (a command in the background would otherwise ignore it), SIGKILL PATIENCE seconds later, by default ten.
 bounded() {
   local log=$WORK/logs/$1.log left=$((BUDGET - SECONDS)) limit=$2
   shift 2
@@ -106,7 +107,7 @@ bounded() {
     echo "no time left" >"$log"
     return 125
   fi
-  env --default-signal=INT timeout -s INT -k 10 "$limit" "$@" >"$log" 2>&1
+  env --default-signal=INT timeout -s INT -k "${PATIENCE:-10}" "$limit" "$@" >"$log" 2>&1
 }
 
 step() { # name seconds command...
@@ -117,6 +118,19 @@ step() { # name seconds command...
   [ $status -ne 0 ] && tail -n 5 "$WORK/logs/$name.log" | cut -c1-300 | sed 's/^/   | /'
   publish
   return $status
+}
+
+# As step, of a program with --journal: where a variant has taken the GPU from it (status 7), it goes on without that variant, as
+# long as its seconds last.
+step_on() { # name seconds command...
+  local name=$1 end=$((SECONDS + $2)) status
+  shift 2
+  rm -f "$WORK/$name.journal"
+  while true; do
+    step "$name" $((end - SECONDS)) "$@" --journal "$WORK/$name.journal"
+    status=$?
+    [ $status -eq 7 ] && [ $((end - SECONDS)) -gt 10 ] || return $status
+  done
 }
 
 has() { "$PYTHON" -c "import $1" >/dev/null 2>&1; }
@@ -130,11 +144,15 @@ if [ -n "$DRY_RUN" ]; then
 else
   # A kernel that writes elsewhere poisons its whole process: several workers lose only their own tests. A test that hangs ends.
   # By a thread, for no signal reaches a worker that waits for a kernel; it ends the worker, so there must be several.
+  # A fault that many tests meet costs as many workers, of which xdist by itself allows four in the place of each.
   if has xdist; then
-    PYTEST+=(-n "$((JOBS < 8 ? JOBS : 8))")
+    PYTEST+=(-n "$((JOBS < 8 ? JOBS : 8))" --max-worker-restart 1000)
     has pytest_timeout && PYTEST+=(--timeout 60 --timeout-method thread)
   fi
 fi
+# For the first look, which has less time than a few tests that hang.
+HURRY=()
+[[ " ${PYTEST[*]} " == *" --timeout "* ]] && HURRY=(--timeout 25)
 # Every file with a test that needs a GPU (tests/test_gpu_benchmarks.py holds the list against the marks).
 GPU_TESTS=(tests/test_gpu_{parity,module,streams,benchmarks}.py tests/test_adversarial_inputs.py tests/test_restore_restorer.py)
 gpu_tests() { # junit, marker expression, -k expression, files...
@@ -146,12 +164,12 @@ collect_parity() {
   local files=("$WORK"/*.xml)
   [ -e "${files[0]}" ] && "$PYTHON" -m benchmarks.gpu.collect parity "${files[@]}" "$OUT/parity.json"
 }
-# timeout runs programs, not functions.
+# timeout runs programs, not functions. Before it writes what it knows, xdist waits ten seconds for workers that hang.
 export -f gpu_tests
 run_tests() { # name seconds, then as gpu_tests
   local name=$1 limit=$2
   shift 2
-  step "$name" "$limit" bash -c "$(declare -p PYTEST WORK); gpu_tests \"\$@\"" -- "$@"
+  PATIENCE=20 step "$name" "$limit" bash -c "$(declare -p PYTEST WORK); gpu_tests \"\$@\"" -- "$@"
 }
 
 # ---- steps ---------------------------------------------------------------------------------------------------------------
@@ -196,7 +214,7 @@ fi
 network() { # name seconds sizes peers
   local sizes=(--sizes "$3" --peers "$4")
   [ -n "$DRY_RUN" ] && sizes=("${TINY[@]}" --peers none)
-  step "$1" "$2" "$PYTHON" -m benchmarks.gpu.network "$OUT/bench.json" "${DEVICE[@]}" "${sizes[@]}"
+  step_on "$1" "$2" "$PYTHON" -m benchmarks.gpu.network "$OUT/bench.json" "${DEVICE[@]}" "${sizes[@]}"
 }
 
 wanted facts && step facts ${LIMIT[facts]} "$PYTHON" -m benchmarks.gpu.facts "$OUT/bench.json"
@@ -213,7 +231,7 @@ if wanted build; then
     cp -r kernels "$WORK/plain/memnet_fast/kernels"
     (
       export PYTHONPATH=$WORK/plain:$ROOT
-      bounded parity_triton 240 bash -c "$(declare -p PYTEST WORK); gpu_tests \"\$@\"" -- \
+      PATIENCE=20 bounded parity_triton 240 bash -c "$(declare -p PYTEST WORK); gpu_tests \"\$@\"" -- \
         parity_triton "gpu and not slow" triton "${GPU_TESTS[@]}"
       echo $? >"$WORK/parity_triton.status"
     ) &
@@ -234,7 +252,8 @@ if wanted build; then
   fi
 fi
 
-wanted smoke && run_tests smoke ${LIMIT[smoke]} smoke "gpu and not slow" "cuda and (full_depth or policy_matched)" tests/test_gpu_parity.py
+wanted smoke && run_tests smoke ${LIMIT[smoke]} smoke "gpu and not slow" "cuda and (full_depth or policy_matched)" \
+  tests/test_gpu_parity.py "${HURRY[@]}"
 
 wanted headline && network headline ${LIMIT[headline]} 1080p,256x256 fast
 
@@ -277,7 +296,7 @@ fi
 
 wanted peers && network peers ${LIMIT[peers]} 1080p,256x256 slow
 
-wanted ops && step ops ${LIMIT[ops]} "$PYTHON" -m benchmarks.gpu.ops "$OUT/bench.json" "${DEVICE[@]}" "${TINY[@]}"
+wanted ops && step_on ops ${LIMIT[ops]} "$PYTHON" -m benchmarks.gpu.ops "$OUT/bench.json" "${DEVICE[@]}" "${TINY[@]}"
 
 if wanted profile; then
   if [ -n "$DRY_RUN" ]; then

@@ -25,6 +25,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(slow)
 
 
+def _gpu_is_lost() -> bool:
+    """Whether a kernel's fault has taken the GPU from this process: every call fails from then on."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """Ends a process that has lost the GPU. It would fail every test that is left, and so fast that, of several workers, it got
+    nearly all of them. What the test reported is known by now; xdist starts another worker.
+    """
+    if _gpu_is_lost():
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"the GPU is lost to this process since {nodeid}", returncode=1)
+
+
 @pytest.fixture(autouse=True)
 def _numerics():
     """Seeds, IEEE float32, and NaN in every torch.empty: a value that is read before it is written then shows."""

@@ -137,7 +137,7 @@ def test_t18_devices_are_named(x):
 
 
 @pytest.mark.gpu
-def test_t18_no_hidden_copy_between_devices(net, x):
+def test_t18_no_hidden_copy_from_cuda(net, x):
     with pytest.raises(mf.InputError, match="cuda.*cpu"):
         mf.fuse(net)(x.cuda())
 

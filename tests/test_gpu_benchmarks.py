@@ -21,9 +21,11 @@ from support import faults, networks
 from benchmarks import report
 from benchmarks.gpu import cases, collect, network, ops, store, timing
 from memnet_fast import backends
+from memnet_fast.backends import cuda_tables
 from memnet_fast.backends import torch as torch_backend
 from memnet_fast.bench import clocks, gpu_peers, truth
 from memnet_fast.config import MemNetConfig
+from memnet_fast.plan import Recipe, State
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -188,7 +190,16 @@ def test_candidates_can_be_named(case):
 # Single operations ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
+@pytest.mark.parametrize("op", cases.op_cases(), ids=lambda op: op.name)
+@pytest.mark.parametrize("precision", backends.cuda.PRECISIONS)
+def test_operations_are_packed_for_cuda(op, precision):
+    """What the backend does with a plan before it needs a GPU."""
+    recipes = {name: Recipe(tuple(weight.shape), (State(name),)) for name, weight in op.plan.weights.items()}
+    for hopper in (True, False) if precision != "fp8" else (True,):
+        assert cuda_tables.build(op.plan.ops, recipes, list(recipes), {}, precision, hopper, False).packed_bytes > 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16", "fp8"])
 def test_operations_pass_their_gate_and_faults_do_not(precision, monkeypatch):
     for index, op in enumerate(cases.op_cases()):
         placed = ops.PlacedOp(op, "torch", precision, None, 17, 18, CPU)
@@ -432,6 +443,28 @@ def test_window_step_that_hangs_costs_only_itself(tmp_path):
     assert "begun" in (tmp_path / "out" / "log.txt").read_text()
 
 
+def test_window_goes_on_without_a_variant_that_took_the_gpu(tmp_path):
+    """The program says so by its status, and finds in its journal what it has written there."""
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    program = f"""#!/bin/sh
+case "$*" in *benchmarks.gpu.ops*)
+  for last; do :; done
+  cat "$last" >>{calls} 2>/dev/null; echo "$@" >>{calls}
+  [ -e "$last" ] && exit 0
+  echo "lost it" >"$last"; exit 7;;
+esac
+exec {sys.executable} "$@"
+"""
+    python.write_text(program)
+    python.chmod(0o755)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "ops.journal").write_text("of another call")
+    done, steps = window(tmp_path, DRY_RUN="1", STEPS="ops", PYTHON=str(python))
+    assert done.returncode == 0 and steps == {"ops": 0}, done.stdout
+    first, known, second = calls.read_text().splitlines()
+    assert known == "lost it" and first == second and "--journal" in first
+
+
 def test_window_budget(tmp_path):
     """What no time is left for is said, not begun."""
     done, steps = window(tmp_path, DRY_RUN="1", STEPS="train", TRAIN="echo begun", BUDGET="2")
@@ -523,3 +556,39 @@ def test_window_runs_every_file_with_gpu_tests() -> None:
     marked = re.compile(r"mark\.gpu|import .*\bplaces\b|support\.places")
     expected = {f"tests/{path.name}" for path in tests.glob("test_*.py") if marked.search(path.read_text())}
     assert set(files) == expected - {"tests/test_gpu_on_twin.py"}  # which needs none
+
+
+def test_every_gpu_test_is_of_some_step() -> None:
+    """The steps choose by the names cuda and triton; the parametrised ones have them from their candidates and places."""
+    for path in (ROOT / "tests").glob("test_*.py"):
+        for name in re.findall(r"^@pytest\.mark\.gpu\n(?:@.*\n)*def (\w+)", path.read_text(), re.MULTILINE):
+            assert "cuda" in name or "triton" in name, f"{path.name}: {name}"
+
+
+def test_a_process_that_lost_the_gpu_ends(request, monkeypatch):
+    """It would fail all tests that are left. A worker of xdist dies, so that another one takes its place."""
+    conftest = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    conftest.pytest_runtest_logfinish("one")
+
+    def exits(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", exits)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", _broken)
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    with pytest.raises(SystemExit):
+        conftest.pytest_runtest_logfinish("two")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER")
+    with pytest.raises(pytest.exit.Exception, match="since three"):
+        conftest.pytest_runtest_logfinish("three")
+
+
+def test_tests_that_hang_still_leave_their_results():
+    """A worker that waits for a kernel hears no SIGINT; pytest writes its results when xdist has given it up."""
+    manager = pytest.importorskip("xdist.workermanage").NodeManager
+    calls = re.findall(r"^.*\bbash -c .*gpu_tests .*$", _script(), re.MULTILINE)
+    assert len(calls) == 2
+    for call in calls:
+        patience = re.match(r" *PATIENCE=(\d+) ", call)
+        assert patience and int(patience[1]) >= manager.EXIT_TIMEOUT + 5, call

@@ -59,9 +59,12 @@ def op_cases(element: int = 2, gates: tuple[int, ...] = (7, 12), heads: int = 6)
         return FusedPlan(config, (op,), weights, slots)
 
     spread = (2 / (9 * c)) ** 0.5
-    block = ResidualBlock(0, 1, "s", "t", "a", "ba", "b", "bb")
+    block = ResidualBlock(0, 1, "s", "t", "a", "ba", "b", "bb", "ra", "rb")
     weights = {"a": normal(c, c, 3, 3, spread=spread), "ba": normal(c), "b": normal(c, c, 3, 3, spread=spread), "bb": normal(c)}
-    cases = [OpCase("residual_block", plan(block, 2, **norm(c), **weights), 4 * 9 * c * c, 2 * c * element)]
+    first_norm = norm(c)
+    # For fp8, eight deviations above the mean, as in a network: a slot's values have the deviation 1, and conv_a's sums too.
+    weights |= {"ra": (first_norm["t"] + 8 * first_norm["s"].abs()).max().view(1), "rb": (weights["ba"] + 8).max().view(1)}
+    cases = [OpCase("residual_block", plan(block, 2, **first_norm, **weights), 4 * 9 * c * c, 2 * c * element)]
     for k in gates:
         gate = Gate(tuple(range(k)), k, "s", "t", "w", "b")
         weights = {"w": normal(c, k, c, spread=(2 / (k * c)) ** 0.5), "b": normal(c)}

@@ -20,7 +20,8 @@ from torch import Tensor
 import memnet_fast as mf
 from benchmarks.gpu import facts, store
 from benchmarks.gpu.cases import SIZES
-from benchmarks.gpu.timing import Variant, measure
+from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.timing import PATIENCE, Variant, measure
 from memnet_fast import backends
 from memnet_fast.bench.clocks import Clock, CudaClock, HostClock
 from memnet_fast.bench.gpu_peers import GPU_PEERS, Run, graphed
@@ -117,17 +118,23 @@ def run_size(
     peers: str,
     seconds: float,
     only=None,
+    journal: Journal | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of one size: what measure() says, size and memory."""
     case = NetworkCase(net, shape, device)
     variants, made = [], {}
     for name, (precision, make) in candidates(case, peers, only).items():
         made[name] = _Made(make, case)
-        variants.append(Variant(name, made[name], made[name].check, limits(precision), {"precision": precision}))
+        patience = None if name in GPU_PEERS and GPU_PEERS[name].slow else PATIENCE
+        about = {"precision": precision}
+        variants.append(Variant(name, made[name], made[name].check, limits(precision), about, patience))
     names = [v.name for v in variants]
-    rows = measure(variants, clock, seconds, next((s for s in SUBJECTS if s in names), None))
-    n, h, w = shape
-    return [{"suite": "network", "size": size, "n": n, "h": h, "w": w, **row, **made[row["variant"]].memory} for row in rows]
+    rows = measure(variants, clock, seconds, next((s for s in SUBJECTS if s in names), None), journal, size)
+    return [{**_about_size(size, shape), **row, **made[row["variant"]].memory} for row in rows]
+
+
+def _about_size(size: str, shape: tuple[int, int, int]) -> dict[str, Any]:
+    return {"suite": "network", "size": size, **dict(zip("nhw", shape, strict=True))}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -138,8 +145,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", help="names that contain one of these, separated by commas")
     parser.add_argument("--seconds", type=float, default=4.0, help="of timing for each size")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a dry run, whose times mean nothing")
+    parser.add_argument("--journal", type=Path, help="to go on after a variant that took the GPU (benchmarks/gpu/journal.py)")
     options = parser.parse_args(arguments)
     device = torch.device(options.device, 0 if options.device == "cuda" else None)
+    about = facts.about()
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # "eager fp32" means float32
     clock: Clock = CudaClock(device) if device.type == "cuda" else HostClock()
@@ -147,8 +156,13 @@ def main(arguments: list[str] | None = None) -> int:
     only = options.only.split(",") if options.only else None
     for size in options.sizes.split(","):
         shape = SIZES.get(size) or tuple(int(s) for s in size.split("x"))
-        rows = run_size(net, size, shape, clock, device, options.peers, options.seconds, only)
-        store.add(options.out, facts.about(), rows)
+        fixed = _about_size(size, shape)
+        journal = Journal(options.journal, lambda row, fixed=fixed: store.add(options.out, about, [{**fixed, **row}]))
+        if journal.has("done", size):
+            continue
+        rows = run_size(net, size, shape, clock, device, options.peers, options.seconds, only, journal)
+        store.add(options.out, about, rows)
+        journal.write("done", size)
         for row in rows:
             time = f"{row['ms']:9.3f} ms  {row.get('ratio', float('nan')):6.2f}" if "ms" in row else row["reason"]
             print(f"{size:12} {row['variant']:48} {time}  {row.get('peak_mib', 0):8.0f} MiB", flush=True)

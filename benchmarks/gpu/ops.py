@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.gpu import ceilings, facts, store
 from benchmarks.gpu.cases import SIZES, OpCase, op_cases, op_truth
+from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.timing import Variant, measure
 from memnet_fast import backends, native
 from memnet_fast.bench.clocks import Clock, CudaClock, HostClock
@@ -152,7 +153,12 @@ def _ways(device: torch.device) -> list[_Way]:
 
 
 def run_size(
-    size: str, shape: tuple[int, int, int], clock: Clock, device: torch.device, seconds: float
+    size: str,
+    shape: tuple[int, int, int],
+    clock: Clock,
+    device: torch.device,
+    seconds: float,
+    journal: Journal | None = None,
 ) -> list[dict[str, Any]]:
     _, h, w = shape
     ceiling = ceilings.measured(clock, device)
@@ -165,8 +171,8 @@ def run_size(
                 continue
             try:
                 placed = PlacedOp(case, way.backend, way.precision, way.other, h, w, device)
-            except (RuntimeError, ValueError) as error:
-                reason = str(error)[:300]
+            except Exception as error:  # as in a check: it must not cost the others
+                reason = f"{type(error).__name__}: {error}"[:300]
                 rows.append({"suite": "op", "op": case.name, "variant": way.name, "status": "failed", "reason": reason})
                 continue
             limits = {"relative": limit(way.precision)}
@@ -175,7 +181,7 @@ def run_size(
         if eager is not None:
             variants.append(Variant("eager fp16 channels_last", eager, dict, {}, {"precision": "fp16", "op": case.name}))
         subject = next((v.name for v in variants if v.name == "cuda fp16"), None)
-        for row in measure(variants, clock, seconds, subject):
+        for row in measure(variants, clock, seconds, subject, journal, f"{size} {op_cases()[index].name}"):
             if "ms" in row:
                 element = _STORE[row["precision"]].itemsize
                 cost, pixels, seconds_each = op_cases(element)[index], h * w, row["ms"] * 1e-3
@@ -184,8 +190,12 @@ def run_size(
                     tbps=cost.byte * pixels / seconds_each * 1e-12,
                     floor_ms=1e3 * max(cost.flop * pixels / ceiling["flops"], cost.byte * pixels / ceiling["bytes"]),
                 )
-            rows.append({"suite": "op", "size": size, "h": h, "w": w, **row})
+            rows.append({**_about_size(size, shape), **row})
     return rows
+
+
+def _about_size(size: str, shape: tuple[int, int, int]) -> dict[str, Any]:
+    return {"suite": "op", "size": size, "h": shape[1], "w": shape[2]}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -194,14 +204,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sizes", default="1080p", help=", ".join(SIZES) + " or 1xHxW")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing for each operation")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a dry run, whose times mean nothing")
+    parser.add_argument("--journal", type=Path, help="to go on after a variant that took the GPU (benchmarks/gpu/journal.py)")
     options = parser.parse_args(arguments)
     device = torch.device(options.device, 0 if options.device == "cuda" else None)
+    about = facts.about()
     torch.backends.cudnn.benchmark = True
     clock: Clock = CudaClock(device) if device.type == "cuda" else HostClock()
     for size in options.sizes.split(","):
         shape = SIZES.get(size) or tuple(int(s) for s in size.split("x"))
-        rows = run_size(size, shape, clock, device, options.seconds)
-        store.add(options.out, facts.about(), rows)
+        fixed = _about_size(size, shape)
+        journal = Journal(options.journal, lambda row, fixed=fixed: store.add(options.out, about, [{**fixed, **row}]))
+        if journal.has("done", size):
+            continue
+        rows = run_size(size, shape, clock, device, options.seconds, journal)
+        store.add(options.out, about, rows)
+        journal.write("done", size)
         for row in rows:
             what = f"{row['ms']:9.4f} ms  floor {row.get('floor_ms', float('nan')):9.4f}" if "ms" in row else row["reason"]
             print(f"{size:10} {row.get('op', ''):16} {row['variant']:36} {what}", flush=True)
