@@ -11,6 +11,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+from benchmarks.gpu.journal import gpu_is_lost
+
 pytest.register_assert_rewrite("support.checks", "support.layers", "support.places")
 
 
@@ -25,22 +27,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(slow)
 
 
-def _gpu_is_lost() -> bool:
-    """Whether a kernel's fault has taken the GPU from this process: every call fails from then on."""
-    if not torch.cuda.is_initialized():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
-
-
 def pytest_runtest_logfinish(nodeid: str) -> None:
     """Ends a process that has lost the GPU. It would fail every test that is left, and so fast that, of several workers, it got
     nearly all of them. What the test reported is known by now; xdist starts another worker.
     """
-    if _gpu_is_lost():
+    if gpu_is_lost():
         if "PYTEST_XDIST_WORKER" in os.environ:
             os._exit(1)
         pytest.exit(f"the GPU is lost to this process since {nodeid}", returncode=1)
