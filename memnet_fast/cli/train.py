@@ -44,7 +44,8 @@ def train(
     memnet train my.toml training.lr=2e-4 stages.0.steps=1000 --resume auto --max-minutes 10
 
     KEY=VALUE replaces a value of the recipe. SIGTERM and Ctrl-C end the training after the step at hand, with a checkpoint;
-    --resume auto goes on, on CPUs to the same bits as without the interruption. Several devices share each batch.
+    --resume auto goes on; on CPUs, stages that end by steps have the same bits as without the interruption. Several devices
+    share each batch.
     """
     ctx.ensure_object(State).verbose = verbose
     from memnet_fast.training.recipe import load_recipe
