@@ -56,14 +56,16 @@ def test_i01_truncated_jpeg(cut, gray, progressive):
 
 
 @pytest.mark.parametrize("depth", [8, 16])
-def test_i02_truncated_png(depth):
+def test_i02_truncated_png(depth, caplog):
     if depth == 16:
         pytest.importorskip("imagecodecs")
     pixels = picture((64, 64, 3), ">u2" if depth == 16 else np.uint8)
     whole = png(64, 64, rows(pixels), depth=depth, colour=2)
     with pytest.raises(ImageCorrupt):
         read(whole[: len(whole) // 2])
+    assert np.array_equal(read(whole + b"and more").pixels, pixels) and not caplog.messages
     assert np.array_equal(read(png(64, 64, rows(pixels), depth=depth, colour=2, end=False)).pixels, pixels)
+    assert [m.partition(": ")[2] for m in caplog.messages] == ["its end is missing (IEND), but none of its pixels"]
     with pytest.raises(ImageCorrupt):
         read(png(64, 64, rows(pixels[:-1]), depth=depth, colour=2))
 

@@ -26,6 +26,7 @@ it. (One exception: Pillow's WebP decoder refuses more than twice that number it
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import stat
 import struct
@@ -42,6 +43,8 @@ from memnet_fast.errors import ImageCorrupt, ImageError, ImageTooLarge, ImageUns
 from memnet_fast.restore import jpeg, png, tiff
 from memnet_fast.restore.encoding import EXTENSIONS, Encoding, encode, write_image
 from memnet_fast.restore.metadata import ORIENTATION, Animation, Metadata, metadata_of, tiff_metadata
+
+_log = logging.getLogger("memnet_fast")
 
 __all__ = [
     "EXTENSIONS",
@@ -180,6 +183,7 @@ def decode_image(
         frames, animation = _frames(path, image, count)
         if kind == "PNG":
             png.require_all_rows(file, frames[0], interlaced=bool(image.info.get("interlace")))
+            _tell_missing_end(path, file)
         lossless = kind == "WEBP" and _webp_is_lossless(file)
         return Source(frames, kind, replace(metadata_of(image), animation=animation, lossless=lossless))
 
@@ -318,7 +322,13 @@ def _decode_deep_png(path: object, file: BinaryIO, image: Any) -> Source:
     pixels = png.decode(file.read())
     if pixels.dtype != np.uint16 or pixels.shape[:2] != image.size[::-1]:
         raise ImageCorrupt(f"two decoders disagree: {list(pixels.shape)} {pixels.dtype}")
+    _tell_missing_end(path, file)
     return Source((pixels,), "PNG", metadata_of(image))
+
+
+def _tell_missing_end(path: object, file: BinaryIO) -> None:
+    if not png.has_end(file):
+        _log.warning("%s: its end is missing (IEND), but none of its pixels", path)
 
 
 def _frames(path: object, image: Any, count: int) -> tuple[tuple[np.ndarray, ...], Animation | None]:

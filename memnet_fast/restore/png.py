@@ -59,6 +59,17 @@ def require_all_rows(file: BinaryIO, pixels: np.ndarray, interlaced: bool) -> No
         raise ValueError(f"its pixels end {left} bytes before their {needed}")
 
 
+def has_end(file: BinaryIO) -> bool:
+    """Whether the last chunk, IEND, is there. Pixels may be complete without it."""
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        size, name = struct.unpack(">I4s", head)
+        if name == b"IEND":
+            return True
+        file.seek(size + 4, 1)
+    return False
+
+
 def _bytes_of_rows(header: bytes) -> int:
     """Bytes of all scan lines with their filter types, from the body of IHDR."""
     width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
