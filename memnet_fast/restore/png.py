@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 from types import ModuleType
 from typing import BinaryIO
 
@@ -35,14 +36,9 @@ def require_all_rows(file: BinaryIO, pixels: np.ndarray, interlaced: bool) -> No
     """
     if not interlaced and pixels[-1].any():
         return
-    file.seek(8)
     needed = left = 0
     inflater = zlib.decompressobj()
-    while True:
-        head = file.read(8)
-        if len(head) < 8:
-            break
-        size, name = struct.unpack(">I4s", head)
+    for name, size in _chunks(file):
         if name == b"IHDR":
             needed = left = _bytes_of_rows(file.read(size))
         elif name == b"IDAT":
@@ -52,22 +48,23 @@ def require_all_rows(file: BinaryIO, pixels: np.ndarray, interlaced: bool) -> No
                 data = inflater.unconsumed_tail
         elif name == b"IEND" or left <= 0:
             break
-        else:
-            file.seek(size, 1)
-        file.seek(4, 1)  # checksum
     if left > 0:
         raise ValueError(f"its pixels end {left} bytes before their {needed}")
 
 
 def has_end(file: BinaryIO) -> bool:
     """Whether the last chunk, IEND, is there. Pixels may be complete without it."""
+    return any(name == b"IEND" for name, _ in _chunks(file))
+
+
+def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Name and size of each chunk; meanwhile the file is at its body."""
     file.seek(8)
     while len(head := file.read(8)) == 8:
         size, name = struct.unpack(">I4s", head)
-        if name == b"IEND":
-            return True
-        file.seek(size + 4, 1)
-    return False
+        body = file.tell()
+        yield name, size
+        file.seek(body + size + 4)  # a checksum follows
 
 
 def _bytes_of_rows(header: bytes) -> int:
