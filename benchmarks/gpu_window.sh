@@ -10,6 +10,7 @@
 #   STEPS="parity sanitize micro peers" benchmarks/gpu_window.sh    is all of it right; what the design rests on; torch.compile
 #   STEPS="ops profile sizes slow" benchmarks/gpu_window.sh         where the time goes (gates by descriptor and by address too)
 #
+# Half an hour in all is less than three calls, their start and transfers: give the third BUDGET=the seconds left, less 40.
 # Every call empties OUT: fetch it before the next. `python -m benchmarks.gpu.collect merge` puts three bench.json into one.
 #
 #   benchmarks/gpu_window.sh                       all steps, as far as BUDGET goes
