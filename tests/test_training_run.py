@@ -26,11 +26,12 @@ pytest.importorskip("lightning", reason="training needs the extra 'train'")
 from support.stops import StopAt
 from support.two_processes import one_step
 
-from memnet_fast import cli, weights
+from memnet_fast import cli, native, weights
 from memnet_fast.errors import CheckpointMismatch, InputError, NumericError
 from memnet_fast.evaluation import mean_psnr
 from memnet_fast.tasks import TASKS
 from memnet_fast.training import module, run
+from memnet_fast.training.losses import multi_supervised
 from memnet_fast.training.results import load_result, save_result
 from memnet_fast.training.run import Hardware, train
 
@@ -208,6 +209,11 @@ def test_starts_from_a_result_or_a_weight_file_of_fewer_recursions(tmp_path: Pat
         train(recipe(tmp_path / "again", init=where, network__channels=8, stages__0__recursions=2), hardware=CPU)
     with pytest.raises(InputError, match="only to more recursions"):
         train(recipe(tmp_path / "again", init=where), hardware=CPU)
+    shallow = recipe(tmp_path / "again", init=tmp_path / "run" / "stage1.result", stages__0__recursions=2)
+    fixed = dataclasses.replace(shallow, stages=tuple(dataclasses.replace(s, statistics="fixed") for s in shallow.stages))
+    with pytest.raises(InputError, match="has none for 2 recursions"):
+        train(fixed, hardware=CPU)
+    assert not (tmp_path / "again" / "run").exists()
 
 
 def test_a_changed_recipe_holds_from_where_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +242,40 @@ def test_a_network_in_eval_mode_is_trained_with_the_statistics_of_its_batches(tm
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     module.lightning.Trainer(accelerator="cpu", max_steps=1, **options).fit(trainee)
     assert int(trainee.net.first.bn.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"training__memory": "plain"},
+        pytest.param(
+            {"network__channels": 16, "training__kernels": "native"},
+            marks=pytest.mark.skipif(native.why_missing() is not None, reason=f"no native module: {native.why_missing()}"),
+        ),
+    ],
+)
+def test_fixed_statistics_stay_and_what_is_trained_is_what_will_be_used(
+    how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def look(self: module.StageModule, *rest: Any) -> torch.Tensor:
+        loss = original(self, *rest)
+        if self.stage.statistics == "fixed" and not seen:
+            seen.append((float(loss.detach()), *self.samples(0)))
+        return loss
+
+    original = module.StageModule.training_step
+    monkeypatch.setattr(module.StageModule, "training_step", look)
+    train(recipe(tmp_path, stages__0__recursions=2, stages__1__statistics="fixed", **how), hardware=CPU)
+    before, after = (load_result(tmp_path / "run" / name)[0] for name in ("stage1.result", "result"))
+    [(loss, degraded, clean)] = seen
+    used = multi_supervised(before.heads(degraded), before.head_weights, clean, "charbonnier")
+    assert loss == pytest.approx(float(used.detach()), rel=1e-5)
+    statistics = dict(before.named_buffers())
+    assert statistics and all(torch.equal(value, statistics[name]) for name, value in after.named_buffers())
+    assert not any(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True) if p.ndim > 1)
 
 
 def test_the_log_has_every_told_step_also_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

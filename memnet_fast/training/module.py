@@ -63,8 +63,9 @@ class StageModule(lightning.LightningModule):
         # Stages of one training see different batches.
         self.sample_seed = recipe.seed + 1_000_003 * stage
         layout = torch.channels_last if self.stage.channels_last else torch.contiguous_format
-        # A result comes in eval mode, and Lightning leaves modes as they are.
-        self.net = net.train().to(memory_format=layout)  # type: ignore[call-overload]
+        # Nothing but the statistics depends on the mode. A result comes in eval mode, and Lightning leaves modes as they are.
+        self._batch_statistics = self.stage.statistics == "batch"
+        self.net = net.train(self._batch_statistics).to(memory_format=layout)  # type: ignore[call-overload]
         # Only its parameters count: the statistics of batch normalisation are an average already.
         self.average = copy.deepcopy(self.net).requires_grad_(False) if self.stage.ema else None
         self.averaged = 0  # updates of the average
@@ -257,13 +258,13 @@ class StageModule(lightning.LightningModule):
 
     @torch.no_grad()
     def result(self) -> MemNet:
-        """A copy of the trained network (averaged, with settled statistics, where the stage asks for them), in eval mode."""
+        """A copy of the trained network (averaged, with settled statistics, where the stage asks for that), in eval mode."""
         net = MemNet(dataclasses.replace(self.recipe.network, num_recursions=self.stage.recursions)).to(self.device)
         net.load_state_dict(self.net.state_dict())
         if self.average is not None:
             for p, averaged in zip(net.parameters(), self.average.parameters(), strict=True):
                 p.copy_(averaged)
-        if self.stage.settle:
+        if self.stage.settle and self._batch_statistics:
             # Batches that training does not see. In float32: statistics of rounded activations are not wanted.
             first = self.stage.steps * self.stage.accumulate
             with torch.autocast(self.device.type, enabled=False):

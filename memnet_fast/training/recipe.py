@@ -40,6 +40,7 @@ _CHOICES = {
     "memory": ("lean", "plain"),
     "kernels": ("auto", "native", "torch"),
     "jpeg": ("auto", "file", "device"),
+    "statistics": ("batch", "fixed"),
 }
 
 
@@ -55,8 +56,11 @@ class Stage:
     biases as a multiple of lr. lr, schedule: "cosine" (to 1 % of lr, over the steps or the minutes, whichever end sooner),
     "step" (a tenth after every `decay_every` steps) or "constant", each after a linear `warmup` of that many steps.
     clip: greatest norm of the gradient, 0 for none; clip_by_lr: divided by the learning rate (the paper's clipping).
-    ema: decay of the average of the weights, which becomes the result; 0: the last weights do. settle: batches over which the
-    statistics of batch normalisation are taken anew for validation and result; 0 keeps the running ones.
+    ema: decay of the average of the weights, which becomes the result; 0: the last weights do.
+    statistics: what batch normalisations normalise by. "batch": the mean and variance of each batch, as usual; the result has
+    those of `settle` batches together (0: the running ones). "fixed": those of the network that the stage starts from, which
+    stay as they are, so that what is trained is the function that will be used. Statistics of a few patches tell a network
+    how strong their noise is, and those of one image are not what it was trained with: it matters where levels differ much.
     loss: "charbonnier" or "square" (see training.losses). alpha: the output's share of the loss, up to 1; the outputs of the
     memory blocks share the rest. 0 for 1 / (M + 1), the paper's. precision: "fp32" (by PyTorch's default, CUDA's convolutions
     round to TF32) or "bf16" for autocast. memory: "lean" (see training.lean) or "plain".
@@ -84,6 +88,7 @@ class Stage:
     clip_by_lr: bool = False
     ema: float = 0.998
     settle: int = 32
+    statistics: str = "batch"
     loss: str = "charbonnier"
     alpha: float = 0.0
     precision: str = "bf16"
@@ -116,6 +121,8 @@ class Stage:
             raise InputError("the schedule 'step' needs decay_every")
         if self.clip_by_lr and self.lr == 0:
             raise InputError("clip_by_lr divides by lr, which must not be 0")
+        if self.statistics == "fixed" and self.sync_batchnorm:
+            raise InputError("sync_batchnorm is about statistics of batches, and statistics = 'fixed' takes none")
         if self.memory == "lean" and self.sync_batchnorm:
             raise InputError("sync_batchnorm needs memory = 'plain': the lean path takes the statistics of one process")
         if self.kernels == "native" and (self.memory != "lean" or self.compile):
@@ -176,6 +183,13 @@ class Recipe:
         if recursions != sorted(recursions) or (self.network.sharing != "conv" and recursions[0] != recursions[-1]):
             said = ", ".join(map(str, recursions))
             raise InputError(f"recursions of {said}: stages only grow, and only networks with sharing = 'conv' do")
+        for number, stage in enumerate(self.stages, 1):
+            before = recursions[number - 2] if number > 1 else recursions[0] if self.init else 0
+            if stage.statistics == "fixed" and before != stage.recursions:
+                raise InputError(
+                    f"stage {number} has statistics = 'fixed'; it needs a stage before it, or an init, "
+                    f"of its own {stage.recursions} recursions that has taken them"
+                )
         if any(stage.kernels == "native" for stage in self.stages) and self.network.channels % 16:
             raise InputError(f"kernels = 'native' needs a multiple of 16 channels, not {self.network.channels}")
 

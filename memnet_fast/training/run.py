@@ -153,7 +153,7 @@ def train(
     for stage in recipe.stages:
         if stage.batch % world:
             raise InputError(f"a batch of {stage.batch} cannot be shared by {world} processes")
-        if stage.batch == world and stage.patch == 1:
+        if stage.batch == world and stage.patch == 1 and stage.statistics == "batch":
             raise InputError("one pixel has no statistics to normalise by; take a larger batch or patch")
     stopping = _Stopping(max_minutes)
     least = max(least_side(recipe.levels, stage.patch) for stage in recipe.stages)
@@ -347,6 +347,8 @@ class _Run:
             torch.nn.init.constant_(net.first.bn.bias, self.recipe.first_shift)
             return net
         net, self.history = load_result(bundled().get(self.recipe.init) or Path(self.recipe.init).expanduser())
+        if self.recipe.stages[0].statistics == "fixed" and net.config.num_recursions < first:
+            raise InputError(f"stage 1 has statistics = 'fixed', and {self.recipe.init} has none for {first} recursions")
         net = grow(net, first)
         if net.config != config:
             changes = differences(net.config.to_dict(), config.to_dict())
