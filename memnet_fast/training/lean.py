@@ -305,11 +305,15 @@ def _heads(net: MemNet, x: Tensor, pieces: _Pieces) -> list[Tensor]:
     if pieces.scratch is not None:  # else every unit that reads it would convert it, and keep a copy of its own
         first = first.contiguous(memory_format=torch.channels_last)
     long = [_Slot.of(first, train, pieces)]
-    for block in net.blocks:
+    count, bns = len(net.blocks), list(net.recon_bn)
+    outputs: list[Tensor] = []
+    for m, block in enumerate(net.blocks):
         long.append(_memory_block(block, long, pieces))  # type: ignore[arg-type]
-    outputs = long[1:] if net.config.multi_supervised else long[-1:]
-    bns = list(net.recon_bn) * (len(outputs) // len(net.recon_bn))
-    return [x + _unit(bn, net.recon, [b], pieces) for bn, b in zip(bns, outputs, strict=True)]  # type: ignore[arg-type]
+        if net.config.multi_supervised or m + 1 == count:
+            # As soon as it can be: its gradient is computed when the block's is about to be, and waits for nothing.
+            bn = bns[len(outputs) % len(bns)]
+            outputs.append(x + _unit(bn, net.recon, [long[-1]], pieces))  # type: ignore[arg-type]
+    return outputs
 
 
 def _bn_relu_conv(unit: BNReLUConv, x: Tensor, pieces: _Pieces) -> Tensor:
