@@ -154,6 +154,7 @@ def test_what_cannot_be_sampled_is_refused() -> None:
         ("deblock", 0, 50, ()),
         ("deblock", 5, 50.5, ()),
         ("sr", 0, 0, ()),
+        ("sr", 2, 4, ()),
         ("sr", 0, 0, (2, 5)),
         ("colourise", 1, 2, ()),
     ):

@@ -34,6 +34,8 @@ class Levels:
     only: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.task == "sr" and not self.only:
+            raise InputError("the levels of sr are its scales, as in only = [2, 3, 4]")
         for level in self.only or (self.low, self.high):
             task(self.task).check(level)
         if not self.only and self.low > self.high:
