@@ -452,7 +452,31 @@ def test_gradients_of_two_processes_are_those_of_one_and_different_data_is_notic
     assert largest > 1e-3
     for name, gradient in one.items():
         assert float((gradient - two[name]).abs().max()) <= 1e-5 * largest, name
-    assert "do not see the same training images" in (tmp_path / "refused").read_text()
+    refused = (tmp_path / "refused").read_text().splitlines()
+    expected = ("see the same training images", "follow the same recipe", "go on from the same step")
+    for line, what in zip(refused, expected, strict=True):
+        assert line.startswith(f"the processes do not {what}")
+
+
+def test_machines_that_share_a_folder_go_on_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by its own command: what tells them apart is NODE_RANK alone."""
+    StopAt.left = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_Stopping", StopAt)
+        train(recipe(tmp_path), hardware=CPU)
+    command = [*MEMNET, "train", str(recipe_file(tmp_path)), "--accelerator", "cpu", "--nodes", "2", "--resume", "auto"]
+    shared = {**_environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    machines = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**shared, "NODE_RANK": rank}) for rank in ("0", "1")
+    ]
+    try:
+        said = [machine.communicate(timeout=300)[1] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert "stage 1, step 3 of 3" in said[0] and "done: " in said[0] and "done: " not in said[1]
+    assert len(load_result(tmp_path / "run" / "result")[1]) == 2
 
 
 def test_who_inherits_the_environment_of_a_training_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
