@@ -380,9 +380,28 @@ class _Run:
         if net.config.num_recursions != self.recipe.stages[self.stage].recursions:
             raise CheckpointMismatch(f"{self.last} holds a network with {net.config.num_recursions} recursions")
         if "optimizer" in saved["state"]:
+            self._check_end(json.loads(saved["recipe"])["stages"][self.stage], saved["state"])
             return net, saved["state"]
         net.load_state_dict(saved["state"]["net"])  # the start of a stage
         return net, None
+
+    def _check_end(self, before: dict[str, Any], state: dict[str, Any]) -> None:
+        """A changed recipe ends the stage at hand where it is trained to its end, and there alone. before: as the stage was."""
+        stage, number, step = self.recipe.stages[self.stage], self.stage + 1, state["step"]
+        ended = step >= before["steps"] or 0 < 60 * before.get("minutes", 0) <= state["seconds"]
+        ends = step >= stage.steps or 0 < 60 * stage.minutes <= state["seconds"]
+        if ends and not ended:
+            text = f"{self.last} is at step {step} of stage {number}, where the recipe has ended it; give the stage more"
+            raise CheckpointMismatch(f"{text} steps or minutes")
+        if not ends and stage.statistics == "fixed" and before.get("statistics", "batch") == "batch":
+            # The running ones, of the last few batches, are those of no network that anybody would use.
+            text = f"{self.last} is within stage {number}, which began with statistics of batches"
+            raise CheckpointMismatch(f"{text}; 'fixed' is for a stage of its own")
+        if ended and not ends:
+            self.history.pop()  # what it says of the stage is said again at the end
+        elif ended and number < len(self.recipe.stages):
+            text = f"the training of {self.last} is done; for another stage give init={self.output / 'result'}"
+            raise CheckpointMismatch(f"{text} and another output")
 
     # How it goes on
 
