@@ -148,6 +148,36 @@ def test_died_between_steps_goes_on_from_the_last_checkpoint(
     _same(tmp_path, whole)
 
 
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("number", range(5))
+def test_died_at_every_save_of_an_end_and_resumed_is_the_same(
+    number: int, written: bool, tmp_path: Path, whole: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network and checkpoint of stage 1, network, weight file and checkpoint of stage 2; before each, or after it."""
+    saves: list[str] = []
+
+    def dying(name: str, save: Any) -> Any:
+        def instead(*arguments: Any) -> None:
+            saves.append(name)
+            if written or len(saves) <= number:
+                save(*arguments)
+            if len(saves) > number:
+                raise RuntimeError("the machine is gone")
+
+        return instead
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="is gone"):
+        for name in ("save_result", "save_weights", "write_state"):
+            patch.setattr(run, name, dying(name, getattr(run, name)))
+        train(recipe(tmp_path), hardware=CPU)
+    assert saves == ["save_result", "write_state", "save_result", "save_weights", "write_state"][: number + 1]
+    assert train(recipe(tmp_path), resume=True, hardware=CPU).done
+    _same(tmp_path, whole)
+    file = weights.load_weights(tmp_path / "run" / "weights.safetensors")
+    assert all(torch.equal(value, whole[name]) for name, value in file.named_parameters())
+    assert [record["name"] for record in load_result(tmp_path / "run" / "result")[1]] == ["tiny stage 1", "tiny stage 2"]
+
+
 def test_a_finished_training_stays_as_it_is(tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
     train(recipe(tmp_path), hardware=CPU)
     before = (tmp_path / "run" / "result").read_bytes()
@@ -268,13 +298,26 @@ def test_fixed_statistics_stay_and_what_is_trained_is_what_will_be_used(
 
     original = module.StageModule.training_step
     monkeypatch.setattr(module.StageModule, "training_step", look)
-    train(recipe(tmp_path, stages__0__recursions=2, stages__1__statistics="fixed", **how), hardware=CPU)
-    before, after = (load_result(tmp_path / "run" / name)[0] for name in ("stage1.result", "result"))
+    how = {**how, "stages__0__recursions": 2, "stages__1__statistics": "fixed", "validate_every": 1}
+    for stop in (99, 5):  # as a whole, and with a stop after the stage's second step
+        folder = tmp_path / str(stop)
+        loaded = recipe(folder, validation=image_folder(folder / "data"), **how)
+        StopAt.left = stop
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "_Stopping", StopAt)
+            train(loaded, hardware=CPU)
+        assert train(loaded, resume=True, hardware=CPU).done
+    before, best, after = (
+        load_result(tmp_path / "99" / "run" / name)[0] for name in ("stage1.result", "best.result", "result")
+    )
+    _same(tmp_path / "5", after.state_dict())
     [(loss, degraded, clean)] = seen
     used = multi_supervised(before.heads(degraded), before.head_weights, clean, "charbonnier")
     assert loss == pytest.approx(float(used.detach()), rel=1e-5)
     statistics = dict(before.named_buffers())
-    assert statistics and all(torch.equal(value, statistics[name]) for name, value in after.named_buffers())
+    assert statistics and best.config == after.config
+    for net in (best, after):
+        assert all(torch.equal(value, statistics[name]) for name, value in net.named_buffers())
     assert not any(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True) if p.ndim > 1)
 
 
@@ -434,7 +477,7 @@ def test_two_processes_train_together_and_resume(tmp_path: Path) -> None:
         train(recipe(tmp_path, training__batch=3), hardware=Hardware("cpu", 2))
 
 
-def test_gradients_of_two_processes_are_those_of_one_and_different_data_is_noticed(tmp_path: Path) -> None:
+def test_gradients_of_two_processes_are_those_of_one_and_differences_are_noticed(tmp_path: Path) -> None:
     recipe_file(tmp_path)
     port = str(_free_port())
     ranks = []
