@@ -467,9 +467,12 @@ def test_max_minutes_ends_a_leg(tmp_path: Path) -> None:
 
 
 def test_two_processes_train_together_and_resume(tmp_path: Path) -> None:
-    command = [*MEMNET, "train", str(recipe_file(tmp_path)), "--accelerator", "cpu", "--devices", "2"]
-    for more in (["--max-minutes", "0.0001"], ["--resume", "auto"]):
-        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300, env=_environment())
+    """Started by Lightning, and resumed by torchrun."""
+    where = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *where, "-m", "memnet_fast.cli"]
+    words = ["train", str(recipe_file(tmp_path)), "--accelerator", "cpu", "--devices", "2"]
+    for command in ([*MEMNET, *words, "--max-minutes", "0.0001"], [*torchrun, *words, "--resume", "auto"]):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=_environment())
         assert done.returncode == 0, done.stderr
     assert "done: " in done.stderr and done.stderr.count("stage 2, step 3 of 3") == 1
     assert len(load_result(tmp_path / "run" / "result")[1]) == 2
