@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.recipes import recipe, recipe_file
+from support.recipes import network, recipe, recipe_file
 
 pytest.importorskip("lightning", reason="training needs the extra 'train'")
 
 from support.stops import StopAt
 
 from memnet_fast import cli
+from memnet_fast.config import MemNetConfig
 from memnet_fast.errors import BackendUnavailable, CheckpointCorrupt, CheckpointMismatch, InputError, OutputError
 from memnet_fast.training import module, run
-from memnet_fast.training.results import load_result
+from memnet_fast.training.results import load_result, save_result
 from memnet_fast.training.run import Hardware, train
 
 CPU = Hardware("cpu")
@@ -69,6 +72,40 @@ def test_another_optimiser_cannot_go_on(before: str, after: str, tmp_path: Path,
     with pytest.raises(CheckpointMismatch, match="another optimiser"):
         train(recipe(tmp_path, training__optimizer=after), resume=True, override=True, hardware=CPU)
     assert sorted((tmp_path / "run").rglob("*")) == before_it
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"stages__0__steps": 2}, "is at step 2 of stage 1, where the recipe has ended it"),
+        ({"stages__0__minutes": 1e-6}, "is at step 2 of stage 1, where the recipe has ended it"),
+        ({"stages__0__statistics": "fixed"}, "is within stage 1, which began with statistics of batches"),
+    ],
+)
+def test_a_stage_is_not_over_because_a_changed_recipe_says_so(
+    changes: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There would be no result of it, nor of the stages after it."""
+    init = tmp_path / "first.result"
+    save_result(network(MemNetConfig(channels=4, num_memory_blocks=2, num_recursions=1)), [], init)
+    StopAt.left = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_Stopping", StopAt)
+        train(recipe(tmp_path, init=init), hardware=CPU)
+    with pytest.raises(CheckpointMismatch, match=said):
+        train(recipe(tmp_path, init=init, **changes), resume=True, override=True, hardware=CPU)
+    assert not (tmp_path / "run" / "result").exists()
+
+
+def test_a_finished_training_goes_on_by_more_steps_and_by_no_other_stage(tmp_path: Path) -> None:
+    two = recipe(tmp_path, stages__0__recursions=2)
+    train(dataclasses.replace(two, stages=two.stages[:1]), hardware=CPU)
+    with pytest.raises(CheckpointMismatch, match="is done; for another stage give init=.*/run/result and another output"):
+        train(two, resume=True, override=True, hardware=CPU)
+    more = dataclasses.replace(two, stages=(dataclasses.replace(two.stages[0], steps=5),))
+    outcome = train(more, resume=True, override=True, hardware=CPU)
+    # One record of the stage, with all its hours: they are added up in metadata.
+    assert outcome.done and outcome.step == 5 and [record["steps"] for record in outcome.history] == [5]
 
 
 def test_processes_of_torchrun_that_would_train_alone_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

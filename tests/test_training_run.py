@@ -148,6 +148,36 @@ def test_died_between_steps_goes_on_from_the_last_checkpoint(
     _same(tmp_path, whole)
 
 
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("number", range(5))
+def test_died_at_every_save_of_an_end_and_resumed_is_the_same(
+    number: int, written: bool, tmp_path: Path, whole: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network and checkpoint of stage 1, network, weight file and checkpoint of stage 2; before each, or after it."""
+    saves: list[str] = []
+
+    def dying(name: str, save: Any) -> Any:
+        def instead(*arguments: Any) -> None:
+            saves.append(name)
+            if written or len(saves) <= number:
+                save(*arguments)
+            if len(saves) > number:
+                raise RuntimeError("the machine is gone")
+
+        return instead
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="is gone"):
+        for name in ("save_result", "save_weights", "write_state"):
+            patch.setattr(run, name, dying(name, getattr(run, name)))
+        train(recipe(tmp_path), hardware=CPU)
+    assert saves == ["save_result", "write_state", "save_result", "save_weights", "write_state"][: number + 1]
+    assert train(recipe(tmp_path), resume=True, hardware=CPU).done
+    _same(tmp_path, whole)
+    file = weights.load_weights(tmp_path / "run" / "weights.safetensors")
+    assert all(torch.equal(value, whole[name]) for name, value in file.named_parameters())
+    assert [record["name"] for record in load_result(tmp_path / "run" / "result")[1]] == ["tiny stage 1", "tiny stage 2"]
+
+
 def test_a_finished_training_stays_as_it_is(tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
     train(recipe(tmp_path), hardware=CPU)
     before = (tmp_path / "run" / "result").read_bytes()
@@ -268,13 +298,26 @@ def test_fixed_statistics_stay_and_what_is_trained_is_what_will_be_used(
 
     original = module.StageModule.training_step
     monkeypatch.setattr(module.StageModule, "training_step", look)
-    train(recipe(tmp_path, stages__0__recursions=2, stages__1__statistics="fixed", **how), hardware=CPU)
-    before, after = (load_result(tmp_path / "run" / name)[0] for name in ("stage1.result", "result"))
+    how = {**how, "stages__0__recursions": 2, "stages__1__statistics": "fixed", "validate_every": 1}
+    for stop in (99, 5):  # as a whole, and with a stop after the stage's second step
+        folder = tmp_path / str(stop)
+        loaded = recipe(folder, validation=image_folder(folder / "data"), **how)
+        StopAt.left = stop
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "_Stopping", StopAt)
+            train(loaded, hardware=CPU)
+        assert train(loaded, resume=True, hardware=CPU).done
+    before, best, after = (
+        load_result(tmp_path / "99" / "run" / name)[0] for name in ("stage1.result", "best.result", "result")
+    )
+    _same(tmp_path / "5", after.state_dict())
     [(loss, degraded, clean)] = seen
     used = multi_supervised(before.heads(degraded), before.head_weights, clean, "charbonnier")
     assert loss == pytest.approx(float(used.detach()), rel=1e-5)
     statistics = dict(before.named_buffers())
-    assert statistics and all(torch.equal(value, statistics[name]) for name, value in after.named_buffers())
+    assert statistics and best.config == after.config
+    for net in (best, after):
+        assert all(torch.equal(value, statistics[name]) for name, value in net.named_buffers())
     assert not any(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True) if p.ndim > 1)
 
 
@@ -424,9 +467,12 @@ def test_max_minutes_ends_a_leg(tmp_path: Path) -> None:
 
 
 def test_two_processes_train_together_and_resume(tmp_path: Path) -> None:
-    command = [*MEMNET, "train", str(recipe_file(tmp_path)), "--accelerator", "cpu", "--devices", "2"]
-    for more in (["--max-minutes", "0.0001"], ["--resume", "auto"]):
-        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300, env=_environment())
+    """Started by Lightning, and resumed by torchrun."""
+    where = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *where, "-m", "memnet_fast.cli"]
+    words = ["train", str(recipe_file(tmp_path)), "--accelerator", "cpu", "--devices", "2"]
+    for command in ([*MEMNET, *words, "--max-minutes", "0.0001"], [*torchrun, *words, "--resume", "auto"]):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=_environment())
         assert done.returncode == 0, done.stderr
     assert "done: " in done.stderr and done.stderr.count("stage 2, step 3 of 3") == 1
     assert len(load_result(tmp_path / "run" / "result")[1]) == 2
@@ -434,7 +480,7 @@ def test_two_processes_train_together_and_resume(tmp_path: Path) -> None:
         train(recipe(tmp_path, training__batch=3), hardware=Hardware("cpu", 2))
 
 
-def test_gradients_of_two_processes_are_those_of_one_and_different_data_is_noticed(tmp_path: Path) -> None:
+def test_gradients_of_two_processes_are_those_of_one_and_differences_are_noticed(tmp_path: Path) -> None:
     recipe_file(tmp_path)
     port = str(_free_port())
     ranks = []
@@ -452,7 +498,31 @@ def test_gradients_of_two_processes_are_those_of_one_and_different_data_is_notic
     assert largest > 1e-3
     for name, gradient in one.items():
         assert float((gradient - two[name]).abs().max()) <= 1e-5 * largest, name
-    assert "do not see the same training images" in (tmp_path / "refused").read_text()
+    refused = (tmp_path / "refused").read_text().splitlines()
+    expected = ("see the same training images", "follow the same recipe", "go on from the same step")
+    for line, what in zip(refused, expected, strict=True):
+        assert line.startswith(f"the processes do not {what}")
+
+
+def test_machines_that_share_a_folder_go_on_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by its own command: what tells them apart is NODE_RANK alone."""
+    StopAt.left = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_Stopping", StopAt)
+        train(recipe(tmp_path), hardware=CPU)
+    command = [*MEMNET, "train", str(recipe_file(tmp_path)), "--accelerator", "cpu", "--nodes", "2", "--resume", "auto"]
+    shared = {**_environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    machines = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**shared, "NODE_RANK": rank}) for rank in ("0", "1")
+    ]
+    try:
+        said = [machine.communicate(timeout=300)[1] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert "stage 1, step 3 of 3" in said[0] and "done: " in said[0] and "done: " not in said[1]
+    assert len(load_result(tmp_path / "run" / "result")[1]) == 2
 
 
 def test_who_inherits_the_environment_of_a_training_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,15 +31,15 @@ def _windows(image: torch.Tensor, side: int) -> set[bytes]:
 
 @pytest.mark.parametrize("task", list(LEVELS))
 def test_every_sample_is_a_window_and_all_windows_come(task: str) -> None:
-    images = _images((12, 13), (17, 12))
-    data = ImageSet(images, LEVELS[task], patch=5)
+    images = _images((16, 17), (19, 16))
+    data = ImageSet(images, LEVELS[task], patch=9)
     if task == "sr":
         images = [degrade.modcrop(image, 12) for image in images]
-    windows = set().union(*(_windows(image, 5) for image in images))
+    windows = set().union(*(_windows(image, 9) for image in images))
     seen = set()
     for step in range(40):
         degraded, clean = sample_batch(data, 64, 0, step)
-        assert degraded.shape == clean.shape == (64, 1, 5, 5) and degraded.dtype == clean.dtype == torch.float32
+        assert degraded.shape == clean.shape == (64, 1, 9, 9) and degraded.dtype == clean.dtype == torch.float32
         seen |= {patch.mul(255).round().byte().numpy().tobytes() for patch in clean[:, 0]}
     assert seen <= windows
     assert len(seen) > 0.6 * len(windows)
@@ -97,6 +97,21 @@ def test_jpeg_blocks_lie_anywhere() -> None:
     assert len(set(steps.tolist())) == 8
 
 
+@pytest.mark.parametrize("patch", [1, 9, 31, 48])
+def test_jpeg_samples_are_those_of_windows_within_an_image(patch: int) -> None:
+    """What lies outside of a window must not matter: a block that a window cuts off is coded as one at an image's border."""
+    data = ImageSet(_images((80, 80)), LEVELS["deblock"], patch)
+    code = data.jpeg
+
+    def within_an_image(image: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
+        around = torch.nn.functional.pad(image, (8, 8, 8, 8), value=0.3)
+        return code(around, quality)[..., 8:-8, 8:-8]
+
+    alone, _ = sample_batch(data, 16, 0, 0)
+    data.jpeg = within_an_image
+    assert torch.equal(sample_batch(data, 16, 0, 0)[0], alone)
+
+
 def test_samples_are_compressed_by_a_file_or_on_the_device() -> None:
     y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
     image = (127 + 60 * torch.sin(x / 4) + 50 * torch.cos(y / 3 + x / 11)).to(torch.uint8)
@@ -129,7 +144,7 @@ def test_what_cannot_be_sampled_is_refused() -> None:
         ImageSet([], LEVELS["denoise"], 8)
     with pytest.raises(InputError, match="9 x 20 is too small: a patch of 10"):
         ImageSet(_images((40, 40), (20, 9)), LEVELS["denoise"], 10)
-    with pytest.raises(InputError, match="needs 17 x 17"):
+    with pytest.raises(InputError, match="needs 24 x 24"):
         ImageSet(_images((16, 16)), LEVELS["deblock"], 10)
     with pytest.raises(InputError, match="too small"):
         ImageSet(_images((23, 23)), LEVELS["sr"], 13)
@@ -139,6 +154,7 @@ def test_what_cannot_be_sampled_is_refused() -> None:
         ("deblock", 0, 50, ()),
         ("deblock", 5, 50.5, ()),
         ("sr", 0, 0, ()),
+        ("sr", 2, 4, ()),
         ("sr", 0, 0, (2, 5)),
         ("colourise", 1, 2, ()),
     ):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -59,6 +60,8 @@ _VERSION = 2
 # In the environment of the processes that Lightning starts: the id of the first.
 _LAUNCHER = "_MEMNET_TRAINING_LAUNCHER"
 _STOPPED = "stopped.result"
+# Of a recipe, what each machine may have its own of.
+_OWN = ("name", "data", "validation", "output", "init")
 _log = logging.getLogger(__name__)
 
 
@@ -296,6 +299,8 @@ class _Run:
         self.hardware, self.stopping, self.ending = hardware, stopping, ending
         self.digest = data.digest(images)
         self.task = find_task(recipe.task)
+        with _without_advice():  # before that, no process knows whether it is the first of several machines
+            self.device = self._trainer(logger=False).strategy.root_device
         self.history: list[dict[str, Any]] = []
         self.stage = 0
         self.best = -math.inf
@@ -327,10 +332,8 @@ class _Run:
             net, state = self._resumed(override)
         else:
             net, state = self._new(), None
-        with _without_advice():
-            device = self._trainer(logger=False).strategy.root_device
         for stage in self.recipe.stages[self.stage :]:
-            check_stage(stage, net, device, self.world)
+            check_stage(stage, net, self.device, self.world)
         return net, state
 
     def _new(self) -> MemNet:
@@ -377,9 +380,28 @@ class _Run:
         if net.config.num_recursions != self.recipe.stages[self.stage].recursions:
             raise CheckpointMismatch(f"{self.last} holds a network with {net.config.num_recursions} recursions")
         if "optimizer" in saved["state"]:
+            self._check_end(json.loads(saved["recipe"])["stages"][self.stage], saved["state"])
             return net, saved["state"]
         net.load_state_dict(saved["state"]["net"])  # the start of a stage
         return net, None
+
+    def _check_end(self, before: dict[str, Any], state: dict[str, Any]) -> None:
+        """A changed recipe ends the stage at hand where it is trained to its end, and there alone. before: as the stage was."""
+        stage, number, step = self.recipe.stages[self.stage], self.stage + 1, state["step"]
+        ended = step >= before["steps"] or 0 < 60 * before.get("minutes", 0) <= state["seconds"]
+        ends = step >= stage.steps or 0 < 60 * stage.minutes <= state["seconds"]
+        if ends and not ended:
+            text = f"{self.last} is at step {step} of stage {number}, where the recipe has ended it; give the stage more"
+            raise CheckpointMismatch(f"{text} steps or minutes")
+        if not ends and stage.statistics == "fixed" and before.get("statistics", "batch") == "batch":
+            # The running ones, of the last few batches, are those of no network that anybody would use.
+            text = f"{self.last} is within stage {number}, which began with statistics of batches"
+            raise CheckpointMismatch(f"{text}; 'fixed' is for a stage of its own")
+        if ended and not ends:
+            self.history.pop()  # what it says of the stage is said again at the end
+        elif ended and number < len(self.recipe.stages):
+            text = f"the training of {self.last} is done; for another stage give init={self.output / 'result'}"
+            raise CheckpointMismatch(f"{text} and another output")
 
     # How it goes on
 
@@ -544,7 +566,21 @@ class _Watch(Callback):
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        digests = trainer.strategy.all_gather(torch.tensor(list(bytes.fromhex(self._run.digest)), device=pl_module.device))
-        if not bool((digests.reshape(-1, 32) == digests.reshape(-1, 32)[0]).all()):
-            raise InputError("the processes do not see the same training images")
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Before DDP, which copies the weights of the first process, and nothing else in which others may differ."""
+        run = self._run
+        recipe = {key: value for key, value in run.recipe.to_dict().items() if key not in _OWN}
+        shared = {
+            "see the same training images": run.digest,
+            "follow the same recipe": _sha256(json.dumps(recipe)),
+            "go on from the same step; every machine needs the output folder": _sha256(f"{run.stage} {pl_module.step}"),
+        }
+        own = torch.tensor([list(bytes.fromhex(digest)) for digest in shared.values()], device=trainer.strategy.root_device)
+        every = trainer.strategy.all_gather(own).reshape(-1, *own.shape)
+        for what, same in zip(shared, (every == every[0]).all(2).all(0).tolist(), strict=True):
+            if not same:
+                raise InputError(f"the processes do not {what}")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -34,6 +34,8 @@ class Levels:
     only: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.task == "sr" and not self.only:
+            raise InputError("the levels of sr are its scales, as in only = [2, 3, 4]")
         for level in self.only or (self.low, self.high):
             task(self.task).check(level)
         if not self.only and self.low > self.high:
@@ -50,8 +52,8 @@ class Levels:
 
 def least_side(levels: Levels, patch: int) -> int:
     """How many pixels an image must have in each direction to hold a patch."""
-    if levels.task == "deblock":
-        return patch + _JPEG_BLOCK - 1
+    if levels.task == "deblock":  # whole blocks, however they lie: one that is cut off is coded as another one
+        return -(-(patch + _JPEG_BLOCK - 1) // _JPEG_BLOCK) * _JPEG_BLOCK
     if levels.task == "sr":
         return -(-patch // _common(levels)) * _common(levels)
     return patch
@@ -136,7 +138,7 @@ def sample_batch(images: ImageSet, batch: int, seed: int, step: int, share: slic
     levels = images.levels.pick(draws[:, 4])[share].view(-1, 1, 1, 1)
     draws = draws[share]
     if images.levels.task == "deblock":
-        wide = images.pixels[images.places(draws, patch + _JPEG_BLOCK - 1)].float() / 255
+        wide = images.pixels[images.places(draws, least_side(images.levels, patch))].float() / 255
         coded = images.jpeg(wide, levels.long())
         down, right = (draws[:, 5:] * _JPEG_BLOCK).long().to(device).unbind(1)
         side = torch.arange(patch, device=device)
