@@ -88,10 +88,13 @@ def test_folder_is_read_whole_and_bad_files_are_counted(tmp_path: Path, caplog: 
     Image.fromarray(np.full((40, 40), 50_000, np.uint16)).save(folder / "deep.png")
     (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:100])
     Image.fromarray(np.zeros((1, 1), np.uint8)).save(folder / "tiny.png")
+    assert "JPEG" not in (load_gray_images(folder, 10) and caplog.text)
+    Image.fromarray(np.full((30, 30, 3), 99, np.uint8)).save(folder / "photograph.JPG")
     found = load_gray_images(folder, 10)
-    assert len(found) == 33 and all(i.dtype == torch.uint8 and i.ndim == 2 for i in found)
-    assert "3 of 36 images" in caplog.text and "broken.png" in caplog.text
-    with pytest.raises(InputError, match="24 of 36 images"):
+    assert len(found) == 34 and all(i.dtype == torch.uint8 and i.ndim == 2 for i in found)
+    assert "3 of 37 images" in caplog.text and "broken.png" in caplog.text
+    assert "1 of 34 images" in caplog.text and "are JPEG files" in caplog.text
+    with pytest.raises(InputError, match="25 of 37 images"):
         load_gray_images(folder, 31)
     assert digest(found) == digest(load_gray_images(folder, 10)) != digest(found[:-1]) != digest(found[1:])
 

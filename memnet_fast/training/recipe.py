@@ -1,7 +1,7 @@
 """Recipes: TOML files that say how a network is trained. `Recipe` is one of them, read, completed and checked.
 
     task = "denoise"                  # denoise, deblock, sr
-    data = "~/images/train"           # folder of PNG files, or of several sets below it
+    data = "~/images/train"           # folder of images, or of several sets below it
     validation = "~/images/val"       # optional
     output = "runs/denoise"
     init = "earlier/result"           # optional: a result, a weight file or the name of a bundled model to start from
