@@ -43,16 +43,26 @@ def write_whole(path: Path, data: bytes | bytearray | memoryview) -> None:
                 os.unlink(temporary)
 
 
-def require_writable(path: Path) -> None:
-    """Before long work, not after it: raises OutputError where no file can appear under this name."""
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a folder")
-    if path.exists() and not path.is_file():
-        raise OutputError(f"cannot write {path}: it is no regular file")
-    if not path.parent.is_dir():
-        raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write {path}: the folder {path.parent} is not writable")
+def require_writable(path: Path, *, makes_folders: bool = False) -> None:
+    """Before long work, not after it: raises OutputError where no file can appear under this name.
+
+    makes_folders: who writes it will make the folders that are missing.
+    """
+    try:
+        if path.is_dir():
+            raise OutputError(f"cannot write {path}: it is a folder")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"cannot write {path}: it is no regular file")
+        folder = path.parent
+        while makes_folders and not folder.exists():
+            folder = folder.parent
+        if not folder.is_dir():
+            reason = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
+            raise OutputError(f"cannot write {path}: {reason}")
+    except OSError as error:  # a folder on the way that may not be entered, a name that is too long
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {path}: the folder {folder} is not writable")
 
 
 def make_folder(folder: Path) -> None:

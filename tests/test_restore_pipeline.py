@@ -344,11 +344,15 @@ def test_pixels_of_an_input_are_kept_only_for_a_strip(here, restorer, monkeypatc
 
 
 def test_an_output_folder_that_cannot_be_made_ends_the_job(here, restorer):
-    draw("in/a.png", "b.png")
+    draw("in/a.png", "in/c.png", "b.png")
     Path("blocked").touch()
     with pytest.raises(OutputError, match="cannot make the folder"):
         run(restorer, ["in"], "blocked/out")
-    assert isinstance(run(restorer, ["b.png"], "blocked/c.png").results[0].error, OutputError)
+    with pytest.raises(OutputError, match="blocked is a file"):
+        run(restorer, ["b.png"], "blocked/c.png")
+    planned = plan_job(["b.png"], "later/c.png")
+    Path("later").touch()  # in the way since the job was planned
+    assert isinstance(pipeline.run_job(planned, restorer).results[0].error, OutputError)
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(here, restorer):
