@@ -149,6 +149,8 @@ def test_quality_and_png_level_reach_the_encoder(run):
         (["-i", "a.png", "-o", "b.png", "--backend", "tpu"], "unknown backend 'tpu'"),
         (["-i", "a.png", "-o", "b.png", "--device", "gpu"], "unknown device 'gpu'"),
         (["-i", "a.png", "-o", "b.png", "-n", "nothing"], "there is no model and no file 'nothing'"),
+        (["-i", "a.png", "-o", "b.png", "-n", "n" * 300], "cannot read weights nnn"),
+        (["-i", "", "-o", "out"], "an input is an empty path"),
         (["-i", "a.png", "-o", "b.png", "-n", "a.png"], "neither safetensors, nor a PyTorch file"),
         (["-i", "a.png", "-o", "a.png"], "is the input itself"),
         (["-i", "a.png", "-o", "old.png"], "exists already"),

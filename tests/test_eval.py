@@ -197,6 +197,8 @@ def test_exit_codes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--task", "deblock", "--level", "nan", *good], 2, "1..100"),
         (["--task", "sr", "--level", 2, *good, "--protocol", "best"], 2, "unknown protocol"),
         (["--task", "sr", "--level", 2, "--data", folder / "nowhere", "-n", folder / "w.safetensors"], 2, "no folder"),
+        (["--task", "sr", "--level", 2, "--data", "", "-n", folder / "w.safetensors"], 2, "empty path"),
+        (["--task", "sr", "--level", 2, "--data", "n" * 300, "-n", folder / "w.safetensors"], 2, "cannot list the folder"),
         (["--task", "sr", "--level", 2, "--data", folder / "set", "-n", "nothing"], 2, "nothing"),
         (["--task", "sr", "--level", 2, "--data", folder / "none", "-n", folder / "w.safetensors"], 4, "nothing to measure"),
         (["--task", "sr", "--level", 2, *good, "--device", "cuda:7"], 5, "cuda:7"),

@@ -129,12 +129,13 @@ def _network(options: dict[str, Any]) -> MemNet:
     """On the CPU. A preset without weights gets random ones: they cost the same time."""
     from memnet_fast.errors import InputError
     from memnet_fast.models import create_model, list_models
+    from memnet_fast.restore.restorer import may_exist
     from memnet_fast.weights import load_weights
 
     name = options["model"]
     if name in list_models():
         return create_model(name)
-    if not Path(name).exists():
+    if not may_exist(name):
         raise InputError(f"there is no model and no file '{name}'; models: {', '.join(list_models())}")
     return load_weights(name)
 
