@@ -275,6 +275,25 @@ def test_names_with_control_characters_are_printed_escaped(run):
     assert json.loads(Path("run.json").read_text())["failed"] == 1
 
 
+def test_warnings_about_files_are_lines_without_control_characters(run):
+    name = "evil\n\x1b[31mred.png"
+    draw(name)
+    Path(name).write_bytes(Path(name).read_bytes()[:-12])  # without IEND
+    code, _, err = run("-i", name, "-o", "b.png")
+    assert code == 0 and "its end is missing" in err and "\x1b" not in err and err.count("\n") == 2
+
+
+def test_closed_streams_cost_no_image(run, monkeypatch):
+    """As `memnet ... >&- 2>&-` starts it."""
+    draw("a.png")
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stdout", None)
+        closed.setattr(sys, "stderr", None)
+        with pytest.raises(SystemExit) as left:
+            main(["denoise", "-i", "a.png", "-o", "b.png", "-n", "net", "-v"])
+    assert not left.value.code and Path("b.png").exists()
+
+
 def test_a_second_run_over_a_folder_that_holds_its_output(run):
     draw("in/a.png")
     for existing in ("error", "overwrite"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +179,20 @@ def test_a_report_that_cannot_be_written_costs_no_measurement(folder: Path, caps
     words = ["eval", "--task", "denoise", "--level", 30, "--data", folder / "set", "-n", folder / "w.safetensors"]
     code, table, said = _memnet(capsys, *words, "--json", folder / "nowhere" / "r.json")
     assert code == 3 and "mean" in table and "cannot write" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("how", ["closed", "full"])
+def test_a_table_that_cannot_be_printed_costs_no_measurement(folder: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    words = ["eval", "--task", "denoise", "--level", 30, "--data", folder / "set", "-n", folder / "w.safetensors"]
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as left:
+        patched.setattr(sys, "stdout", None if how == "closed" else Full())
+        cli.main([str(w) for w in (*words, "--json", folder / "r.json")])
+    assert left.value.code == (0 if how == "closed" else 1)
+    assert len(json.loads((folder / "r.json").read_text())["levels"][0]["images"]) == 2
 
 
 def test_infinite_psnr_is_valid_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

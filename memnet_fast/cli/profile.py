@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from memnet_fast.cli.messages import State, say, shown
+from memnet_fast.cli.messages import State, is_terminal, say, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -207,7 +207,7 @@ def _show(found: Profile, memory: Memory | None, each: bool) -> None:
     from memnet_fast.profile import memory as memories
     from memnet_fast.profile import table
 
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = Console(file=sys.stdout, width=None if is_terminal(sys.stdout) else 140, highlight=False)
     console.print(table.operations_table(found, each))
     phases = table.phases_table(found)
     if phases is not None:
