@@ -242,6 +242,7 @@ def test_bad_plans_are_refused_before_anything_is_written(here, inputs, output, 
         ("old.png/y/z/", {}, "cannot write old.png/y/z/a.png: old.png is a file"),
         ("b.png", {"compare": "old.png/s.png"}, "cannot write old.png/s.png: old.png is a file"),
         ("pipe.png", {"existing": "overwrite"}, "cannot write pipe.png: it is no regular file"),
+        ("stream.png", {"existing": "overwrite"}, "cannot write stream.png: it is no regular file"),
         ("closed/b.png", {}, "cannot write closed/b.png: the folder closed is not writable"),
         ("closed/new/b.png", {}, "cannot write closed/new/b.png: the folder closed is not writable"),
     ],
@@ -249,6 +250,7 @@ def test_bad_plans_are_refused_before_anything_is_written(here, inputs, output, 
 def test_the_output_of_one_image_can_be_written_or_that_is_said_beforehand(here, monkeypatch, output, options, message):
     touch("a.png", "old.png", "closed/any")
     os.mkfifo("pipe.png")
+    Path("stream.png").symlink_to("/proc/self/fd/1")
     monkeypatch.setattr(files.os, "access", lambda path, mode: Path(path) != Path("closed"))  # root may write everywhere
     before = sorted(map(str, here.rglob("*")))
     with pytest.raises(OutputError, match=message):
