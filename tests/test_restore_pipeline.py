@@ -343,6 +343,19 @@ def test_pixels_of_an_input_are_kept_only_for_a_strip(here, restorer, monkeypatc
     assert kept == [0 if compare is None else 1]
 
 
+def test_an_interruption_while_progress_is_told_loses_no_result(here, restorer):
+    draw("a.png")
+    report = JobReport()
+
+    def interrupted(*args):
+        if Path("b.png").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(restorer, ["a.png"], "b.png", progress=interrupted, report=report)
+    assert [result.status for result in report.results] == ["restored"]
+
+
 def test_an_output_folder_that_cannot_be_made_ends_the_job(here, restorer):
     draw("in/a.png", "in/c.png", "b.png")
     Path("blocked").touch()
