@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -16,10 +17,13 @@ _PREFIX, _SUFFIX = ".memnet-", ".part"
 def write_whole(path: Path, data: bytes | bytearray | memoryview) -> None:
     """Temporary file in the same folder, write, fsync, rename, fsync the folder. An older file stays intact until the rename.
 
-    Raises OutputError; the temporary file is removed. Where the process is killed before that, `sweep` finds it.
+    Raises OutputError, also for a device, a pipe or a stream (/dev/null, /dev/stdout), to which the rename would put an end;
+    the temporary file is removed. Where the process is killed before that, `sweep` finds it.
     """
     temporary = None
     try:
+        if _is_special(path):
+            raise OutputError(f"cannot write {path}: it is no regular file")
         descriptor, temporary = _locked_temporary(path.parent)
         # Open, and so locked, until it has its final name: a sweep must not take it before.
         with open(descriptor, "wb") as file:
@@ -43,16 +47,38 @@ def write_whole(path: Path, data: bytes | bytearray | memoryview) -> None:
                 os.unlink(temporary)
 
 
-def require_writable(path: Path) -> None:
-    """Before long work, not after it: raises OutputError where no file can appear under this name."""
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a folder")
-    if path.exists() and not path.is_file():
-        raise OutputError(f"cannot write {path}: it is no regular file")
-    if not path.parent.is_dir():
-        raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write {path}: the folder {path.parent} is not writable")
+def require_writable(path: Path, *, makes_folders: bool = False) -> None:
+    """Before long work, not after it: raises OutputError where no file can appear under this name.
+
+    makes_folders: who writes it will make the folders that are missing.
+    """
+    try:
+        if path.is_dir():
+            raise OutputError(f"cannot write {path}: it is a folder")
+        if _is_special(path):
+            raise OutputError(f"cannot write {path}: it is no regular file")
+        folder = path.parent
+        while makes_folders and not folder.exists():
+            folder = folder.parent
+        if not folder.is_dir():
+            reason = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
+            raise OutputError(f"cannot write {path}: {reason}")
+    except OSError as error:  # a folder on the way that may not be entered, a name that is too long
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {path}: the folder {folder} is not writable")
+
+
+def _is_special(path: Path) -> bool:
+    """Whether something stands there that is neither a file nor a folder."""
+    with contextlib.suppress(OSError):  # no link
+        # /dev/stdout is one. There may be a file behind it, but the rename would replace the link, for the whole machine.
+        if os.readlink(path).startswith("/proc/"):
+            return True
+    with contextlib.suppress(OSError):  # nothing there
+        mode = os.stat(path).st_mode
+        return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+    return False
 
 
 def make_folder(folder: Path) -> None:

@@ -155,6 +155,14 @@ def test_doctor_exits_5_where_nothing_can_be_restored(run, monkeypatch, tmp_path
     assert code == 5 and "restoring" in out and "not bundled" in out
 
 
+def test_a_recipe_that_cannot_be_copied_there_is_one_line(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("recipes", "cp", "denoise")[0] == 0 and run("recipes", "cp", "denoise")[0] == 2
+    for target, code, message in (("denoise.toml/x", 3, "Not a directory"), ("n" * 300, 3, "File name too long")):
+        found, _, err = run("recipes", "cp", "denoise", target)
+        assert found == code and message in err and err.startswith("memnet: error: cannot write") and err.count("\n") == 1
+
+
 def test_a_reader_that_leaves_gets_no_complaint():
     script = "from memnet_fast.cli import main; main(['models'])"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:

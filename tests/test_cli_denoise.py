@@ -149,6 +149,8 @@ def test_quality_and_png_level_reach_the_encoder(run):
         (["-i", "a.png", "-o", "b.png", "--backend", "tpu"], "unknown backend 'tpu'"),
         (["-i", "a.png", "-o", "b.png", "--device", "gpu"], "unknown device 'gpu'"),
         (["-i", "a.png", "-o", "b.png", "-n", "nothing"], "there is no model and no file 'nothing'"),
+        (["-i", "a.png", "-o", "b.png", "-n", "n" * 300], "cannot read weights nnn"),
+        (["-i", "", "-o", "out"], "an input is an empty path"),
         (["-i", "a.png", "-o", "b.png", "-n", "a.png"], "neither safetensors, nor a PyTorch file"),
         (["-i", "a.png", "-o", "a.png"], "is the input itself"),
         (["-i", "a.png", "-o", "old.png"], "exists already"),
@@ -271,6 +273,25 @@ def test_names_with_control_characters_are_printed_escaped(run):
     os.rename(name, b"\xff.png")
     assert run("-i", os.fsdecode(b"\xff.png"), "-o", "b.png", "--log", "run.json")[0] == 3
     assert json.loads(Path("run.json").read_text())["failed"] == 1
+
+
+def test_warnings_about_files_are_lines_without_control_characters(run):
+    name = "evil\n\x1b[31mred.png"
+    draw(name)
+    Path(name).write_bytes(Path(name).read_bytes()[:-12])  # without IEND
+    code, _, err = run("-i", name, "-o", "b.png")
+    assert code == 0 and "its end is missing" in err and "\x1b" not in err and err.count("\n") == 2
+
+
+def test_closed_streams_cost_no_image(run, monkeypatch):
+    """As `memnet ... >&- 2>&-` starts it."""
+    draw("a.png")
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stdout", None)
+        closed.setattr(sys, "stderr", None)
+        with pytest.raises(SystemExit) as left:
+            main(["denoise", "-i", "a.png", "-o", "b.png", "-n", "net", "-v"])
+    assert not left.value.code and Path("b.png").exists()
 
 
 def test_a_second_run_over_a_folder_that_holds_its_output(run):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +181,20 @@ def test_a_report_that_cannot_be_written_costs_no_measurement(folder: Path, caps
     assert code == 3 and "mean" in table and "cannot write" in said and len(said.splitlines()) == 1
 
 
+@pytest.mark.parametrize("how", ["closed", "full"])
+def test_a_table_that_cannot_be_printed_costs_no_measurement(folder: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    words = ["eval", "--task", "denoise", "--level", 30, "--data", folder / "set", "-n", folder / "w.safetensors"]
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as left:
+        patched.setattr(sys, "stdout", None if how == "closed" else Full())
+        cli.main([str(w) for w in (*words, "--json", folder / "r.json")])
+    assert left.value.code == (0 if how == "closed" else 1)
+    assert len(json.loads((folder / "r.json").read_text())["levels"][0]["images"]) == 2
+
+
 def test_infinite_psnr_is_valid_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["eval", "--task", "denoise", "--level", 0, "--data", folder / "set", "-n", folder / "w.safetensors", "--json", "-"]
     code, out, _ = _memnet(capsys, *words)
@@ -197,6 +214,8 @@ def test_exit_codes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--task", "deblock", "--level", "nan", *good], 2, "1..100"),
         (["--task", "sr", "--level", 2, *good, "--protocol", "best"], 2, "unknown protocol"),
         (["--task", "sr", "--level", 2, "--data", folder / "nowhere", "-n", folder / "w.safetensors"], 2, "no folder"),
+        (["--task", "sr", "--level", 2, "--data", "", "-n", folder / "w.safetensors"], 2, "empty path"),
+        (["--task", "sr", "--level", 2, "--data", "n" * 300, "-n", folder / "w.safetensors"], 2, "cannot list the folder"),
         (["--task", "sr", "--level", 2, "--data", folder / "set", "-n", "nothing"], 2, "nothing"),
         (["--task", "sr", "--level", 2, "--data", folder / "none", "-n", folder / "w.safetensors"], 4, "nothing to measure"),
         (["--task", "sr", "--level", 2, *good, "--device", "cuda:7"], 5, "cuda:7"),

@@ -362,6 +362,22 @@ def test_a_full_disk_leaves_the_old_file_and_no_part_of_the_new_one(tmp_path, ca
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"] and path.read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("kind", ["pipe", "stream"])
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path, kind):
+    """As root, a rename would replace /dev/null and /dev/stdout for the whole machine. The stream here has a file behind it."""
+    path = tmp_path / "a.png"
+    with open(tmp_path / "behind", "wb") as behind:
+        if kind == "pipe":
+            os.mkfifo(path)
+        else:
+            path.symlink_to(f"/proc/self/fd/{behind.fileno()}")
+        before = os.lstat(path)
+        with pytest.raises(OutputError, match="a.png: it is no regular file"):
+            images.write_image(path, np.zeros((4, 4), np.uint8), "PNG")
+        assert os.path.samestat(os.lstat(path), before)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "behind"] and not (tmp_path / "behind").stat().st_size
+
+
 def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OutputError, match="cannot make the folder"):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from memnet_fast.errors import InputError
+from memnet_fast import files
+from memnet_fast.errors import InputError, OutputError
 from memnet_fast.restore import job
 from memnet_fast.restore.journal import open_journal
 
@@ -197,7 +198,15 @@ def test_formats_name_their_files(here, name, format, expected, code):
         (["a.png"], "out", {}, "out has no known image extension"),
         (["a.png"], "b.jpg", {"format": "png"}, "contradicts the format png"),
         (["a.png"], "", {}, "empty path"),
+        ([""], "out", {}, "an input is an empty path"),
+        (["a.png", ""], "out", {}, "an input is an empty path"),
         (["none.png"], "b.png", {}, "there is no file or folder none.png"),
+        (["n" * 300], "b.png", {}, "cannot look at n+: File name too long"),
+        (["n" * 300 + "*.png"], "out", {}, "cannot look at .*: File name too long"),
+        (["a.png"], "n" * 300 + ".png", {}, "cannot look at .*: File name too long"),
+        (["a.png"], "b.png", {"log": "n" * 300}, "cannot look at .*: File name too long"),
+        (["a.png"], "old.png/", {}, "old.png is a file, but the / at its end asks for a folder"),
+        (["x"], "old.png/", {}, "old.png is a file, but several inputs, a folder or a glob need a folder"),
         (["a.png", "x/a.png"], "out", {}, "a.png and x/a.png would both be written to out/a.png"),
         (["a.png", "a.jpg"], "out", {"format": "png"}, "would both be written to out/a.png"),
         (["a.png"], "a.png", {}, "is the input itself"),
@@ -224,3 +233,43 @@ def test_bad_plans_are_refused_before_anything_is_written(here, inputs, output, 
     with pytest.raises(InputError, match=message):
         job.plan_job(inputs, output, **options)
     assert sorted(map(str, here.rglob("*"))) == before
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "message"),
+    [
+        ("old.png/b.png", {}, "cannot write old.png/b.png: old.png is a file"),
+        ("old.png/y/z/", {}, "cannot write old.png/y/z/a.png: old.png is a file"),
+        ("b.png", {"compare": "old.png/s.png"}, "cannot write old.png/s.png: old.png is a file"),
+        ("pipe.png", {"existing": "overwrite"}, "cannot write pipe.png: it is no regular file"),
+        ("stream.png", {"existing": "overwrite"}, "cannot write stream.png: it is no regular file"),
+        ("closed/b.png", {}, "cannot write closed/b.png: the folder closed is not writable"),
+        ("closed/new/b.png", {}, "cannot write closed/new/b.png: the folder closed is not writable"),
+    ],
+)
+def test_the_output_of_one_image_can_be_written_or_that_is_said_beforehand(here, monkeypatch, output, options, message):
+    touch("a.png", "old.png", "closed/any")
+    os.mkfifo("pipe.png")
+    Path("stream.png").symlink_to("/proc/self/fd/1")
+    monkeypatch.setattr(files.os, "access", lambda path, mode: Path(path) != Path("closed"))  # root may write everywhere
+    before = sorted(map(str, here.rglob("*")))
+    with pytest.raises(OutputError, match=message):
+        job.plan_job(["a.png"], output, **options)
+    assert sorted(map(str, here.rglob("*"))) == before
+
+
+def test_of_several_images_one_that_cannot_be_written_keeps_the_others_in_the_job(here):
+    touch("in/a.png", "in/x/b.png", "out/x")
+    assert len(plan(["in"], "out", recursive=True)) == 2
+
+
+def test_what_may_not_be_looked_at_is_said_in_one_line(here, monkeypatch):
+    """A folder that may not be entered; root may enter all of them."""
+    touch("a.png")
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(InputError, match="cannot look at a.png: Permission denied"):
+        job.plan_job(["a.png"], "b.png")

@@ -343,12 +343,29 @@ def test_pixels_of_an_input_are_kept_only_for_a_strip(here, restorer, monkeypatc
     assert kept == [0 if compare is None else 1]
 
 
+def test_an_interruption_while_progress_is_told_loses_no_result(here, restorer):
+    draw("a.png")
+    report = JobReport()
+
+    def interrupted(*args):
+        if Path("b.png").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(restorer, ["a.png"], "b.png", progress=interrupted, report=report)
+    assert [result.status for result in report.results] == ["restored"]
+
+
 def test_an_output_folder_that_cannot_be_made_ends_the_job(here, restorer):
-    draw("in/a.png", "b.png")
+    draw("in/a.png", "in/c.png", "b.png")
     Path("blocked").touch()
     with pytest.raises(OutputError, match="cannot make the folder"):
         run(restorer, ["in"], "blocked/out")
-    assert isinstance(run(restorer, ["b.png"], "blocked/c.png").results[0].error, OutputError)
+    with pytest.raises(OutputError, match="blocked is a file"):
+        run(restorer, ["b.png"], "blocked/c.png")
+    planned = plan_job(["b.png"], "later/c.png")
+    Path("later").touch()  # in the way since the job was planned
+    assert isinstance(pipeline.run_job(planned, restorer).results[0].error, OutputError)
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(here, restorer):

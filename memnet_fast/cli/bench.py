@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from memnet_fast.cli.messages import State, say, shown
+from memnet_fast.cli.messages import State, is_terminal, say, shown
 
 if TYPE_CHECKING:
     from memnet_fast.bench.peers import Variant
@@ -158,7 +158,7 @@ def _show(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = Console(file=sys.stdout, width=None if is_terminal(sys.stdout) else 120, highlight=False)
     name = about["gpu"]["name"] if about["device"] != "cpu" else about["cpu"]["model"]
     for size in dict.fromkeys(row["size"] for row in rows):
         own = [row for row in rows if row["size"] == size]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from memnet_fast import __version__
-from memnet_fast.cli.messages import State, say, say_error, shown
+from memnet_fast.cli.messages import State, is_terminal, say, say_error, shown
 
 if TYPE_CHECKING:
     from memnet_fast.evaluation import Score
@@ -132,10 +132,21 @@ def _show(report: dict[str, Any], baseline: str, json_file: str | None) -> None:
     if json_file == "-":
         click.echo(text, nl=False)
         return
+    try:
+        _tables(report, baseline)
+    finally:  # what was measured must not be lost with a file that cannot be written, nor with a reader of the table that left
+        if json_file:
+            from memnet_fast.files import write_whole
+
+            write_whole(Path(json_file), text.encode())
+            say(f"wrote {shown(json_file)}")
+
+
+def _tables(report: dict[str, Any], baseline: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110, highlight=False)
+    console = Console(file=sys.stdout, width=None if is_terminal(sys.stdout) else 110, highlight=False)
     for level in report["levels"]:
         if level["mean"] is None:
             continue
@@ -148,8 +159,3 @@ def _show(report: dict[str, Any], baseline: str, json_file: str | None) -> None:
             ssim = ("-" if row[k] is None else f"{row[k]:.4f}" for k in ("ssim_degraded", "ssim"))
             table.add_row(shown(row["name"]), *psnr, *ssim)
         console.print(table)
-    if json_file:  # after the table: what was measured must not be lost with a file that cannot be written
-        from memnet_fast.files import write_whole
-
-        write_whole(Path(json_file), text.encode())
-        say(f"wrote {shown(json_file)}")

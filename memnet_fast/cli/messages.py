@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TextIO
 
 import click
 
@@ -47,13 +48,25 @@ def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """stream: sys.stdout or sys.stderr, which is None where a program was started with it closed."""
+    return stream is not None and stream.isatty()
+
+
+class _Line(logging.Formatter):
+    """What is said about a file repeats its name."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return shown(super().formatMessage(record))
+
+
 @contextlib.contextmanager
 def log_on_stderr(level: int) -> Iterator[None]:
     """The package's log as lines on stderr, until the command ends: a program that calls a command keeps its own handlers."""
     log = logging.getLogger("memnet_fast")
     before = log.handlers, log.level
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("memnet: %(message)s"))
+    handler.setFormatter(_Line("memnet: %(message)s"))
     log.handlers = [handler]
     log.setLevel(level)
     try:

@@ -110,6 +110,12 @@ def _read_file(ctx: click.Context, param: click.Parameter, value: str | None) ->
     nested = [name for name, v in given.items() if not isinstance(v, str | int | float) and name != "input"]
     if nested:
         raise click.BadParameter(f"{value}: {', '.join(nested)} must be one value", ctx, param)
+    # click would fail at a number for a flag, and cut off a fraction.
+    flags = {other.name for other in ctx.command.params if isinstance(other, click.Option) and other.is_flag}
+    if wrong := [name for name, v in given.items() if name in flags and not isinstance(v, bool | str)]:
+        raise click.BadParameter(f"{value}: {', '.join(wrong)} must be true or false", ctx, param)
+    if wrong := [name for name, v in given.items() if isinstance(v, float) and not v.is_integer()]:
+        raise click.BadParameter(f"{value}: {', '.join(wrong)} must not be a fraction", ctx, param)
     if "input" in given:
         paths = [given["input"]] if isinstance(given["input"], str) else given["input"]
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):

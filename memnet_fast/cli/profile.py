@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from memnet_fast.cli.messages import State, say, shown
+from memnet_fast.cli.messages import State, is_terminal, say, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,12 +129,13 @@ def _network(options: dict[str, Any]) -> MemNet:
     """On the CPU. A preset without weights gets random ones: they cost the same time."""
     from memnet_fast.errors import InputError
     from memnet_fast.models import create_model, list_models
+    from memnet_fast.restore.restorer import may_exist
     from memnet_fast.weights import load_weights
 
     name = options["model"]
     if name in list_models():
         return create_model(name)
-    if not Path(name).exists():
+    if not may_exist(name):
         raise InputError(f"there is no model and no file '{name}'; models: {', '.join(list_models())}")
     return load_weights(name)
 
@@ -206,7 +207,7 @@ def _show(found: Profile, memory: Memory | None, each: bool) -> None:
     from memnet_fast.profile import memory as memories
     from memnet_fast.profile import table
 
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = Console(file=sys.stdout, width=None if is_terminal(sys.stdout) else 140, highlight=False)
     console.print(table.operations_table(found, each))
     phases = table.phases_table(found)
     if phases is not None:

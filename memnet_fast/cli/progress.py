@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import click
 
-from memnet_fast.cli.messages import shown
+from memnet_fast.cli.messages import is_terminal, shown
 
 
 class Reporter(Protocol):
@@ -53,7 +53,7 @@ class _Bar(_Silent):
 def reporter(kind: str) -> Iterator[Reporter]:
     """kind: "auto" (a bar on a terminal, else nothing), "bar", "json" or "none"."""
     if kind == "auto":
-        kind = "bar" if sys.stderr.isatty() else "none"
+        kind = "bar" if is_terminal(sys.stderr) else "none"
     if kind == "json":
         yield _Json()
     elif kind == "bar":

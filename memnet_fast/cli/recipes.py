@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -39,8 +40,8 @@ def cp(name: str, target: Path | None) -> int:
     if name not in found:
         raise InputError(f"there is no recipe '{name}'; choose from {', '.join(found)}")
     target = target or Path(f"{name}.toml")
-    target = target / f"{name}.toml" if target.is_dir() else target
-    if target.exists():
+    target = target / f"{name}.toml" if os.path.isdir(target) else target
+    if os.path.lexists(target):
         raise InputError(f"{target} exists already")
     write_whole(target, found[name].read_bytes())
     say(f"wrote {shown(target)}")

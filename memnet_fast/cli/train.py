@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from memnet_fast.cli.messages import State, log_on_stderr
+from memnet_fast.cli.messages import State, is_terminal, log_on_stderr
 
 
 @click.command(short_help="Trains a network by a recipe.")
@@ -54,7 +54,7 @@ def train(
     ctx.with_resource(log_on_stderr(logging.WARNING if quiet else logging.INFO))
     from memnet_fast.training.run import Hardware, train
 
-    bar = progress == "bar" or (progress == "auto" and sys.stderr.isatty() and not quiet)
+    bar = progress == "bar" or (progress == "auto" and is_terminal(sys.stderr) and not quiet)
     hardware = Hardware(accelerator, devices, nodes, bar)
     outcome = train(loaded, resume=bool(resume), override=override, max_minutes=max_minutes, hardware=hardware)
     return 128 + outcome.signal if outcome.signal else 0

@@ -43,11 +43,16 @@ class Score:
 
 
 def image_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """The image files in a folder, in order of name. Raises InputError for what is no folder."""
+    """The image files in a folder, in order of name. Raises InputError for what is no folder, or cannot be listed."""
+    if not os.fspath(folder):
+        raise InputError("the folder of images is an empty path")
     folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise InputError(f"there is no folder '{folder}'")
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
+    try:
+        if not folder.is_dir():
+            raise InputError(f"there is no folder '{folder}'")
+        return sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
+    except OSError as error:
+        raise InputError(f"cannot list the folder {folder}: {error.strerror or error}") from error
 
 
 def read_image(path: Path) -> np.ndarray:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memnet_fast.errors import InputError
+from memnet_fast.files import require_writable
 from memnet_fast.restore.images import EXTENSIONS
 from memnet_fast.restore.journal import read_lines
 from memnet_fast.restore.uris import is_uri, masked
@@ -78,6 +80,16 @@ class _Found:
         return False
 
 
+@contextlib.contextmanager
+def _looking() -> Iterator[None]:
+    """An error of the file system while it is asked what there is -> InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot look at {error.filename}: {error.strerror or error}") from error
+
+
+@_looking()
 def plan_job(
     inputs: Sequence[str],
     output: str,
@@ -98,21 +110,25 @@ def plan_job(
     options. A journal is kept in the output folder; for a single file only with "skip".
     compare, log: further files that the job will write, held to the same rules.
     What the journals in the folders below one that is searched list as outputs of earlier runs is never taken as input.
-    Raises InputError for a URI, and if an input does not exist, two inputs have one output, an output is the file of another
-    input, is its own input (unless "overwrite"), or, with "error", exists already.
+    Raises InputError for a URI and an empty path, and if an input does not exist, a path cannot be looked at, two inputs have
+    one output, an output is the file of another input, is its own input (unless "overwrite"), or, with "error", exists already;
+    OutputError if the output of a single image cannot be written. (With several, that costs only the images it concerns.)
     """
     if format != "same" and format not in FORMATS:
         raise InputError(f"unknown format '{format}'; choose from same, {', '.join(FORMATS)}")
     if existing not in EXISTING:
         raise InputError(f"unknown choice '{existing}' for existing files; choose from {', '.join(EXISTING)}")
+    if not all(inputs):
+        raise InputError("an input is an empty path")
     if not output:
         raise InputError("the output is an empty path")
     if uris := [masked(text) for text in (*inputs, output) if is_uri(text)]:
         raise InputError(f"{uris[0]} is a URI; those need --engine ray")
     as_file = len(inputs) == 1 and os.path.lexists(inputs[0]) and not os.path.isdir(inputs[0])
     to_folder = not as_file or os.path.isdir(output) or output.endswith((os.sep, os.altsep or os.sep))
-    if to_folder and os.path.exists(output) and not os.path.isdir(output):
-        raise InputError(f"{output} is a file, but several inputs, a folder or a glob need a folder")
+    if to_folder and os.path.exists(Path(output)) and not os.path.isdir(output):
+        why = f"the {os.sep} at its end asks for" if as_file else "several inputs, a folder or a glob need"
+        raise InputError(f"{Path(output)} is a file, but {why} a folder")
     if existing == "skip" and not to_folder and Path(output).suffix.lower() not in EXTENSIONS:
         # The journal would not know the format of what is there.
         raise InputError(f"with --existing skip the name {output} must tell its format; add an extension")
@@ -131,6 +147,10 @@ def plan_job(
     kept = folder if existing == "skip" or not as_file else None
     job = Job(items, found.ignored, None if compare is None else Path(compare), existing, kept, not as_file)
     _check_targets(job, existing, [Path(text) for text in (compare, log) if text is not None])
+    if len(items) == 1:  # a large one takes long, and all of that would be lost
+        for path in (items[0].target, job.compare):
+            if path is not None:
+                require_writable(path, makes_folders=True)
     return job
 
 

@@ -347,11 +347,11 @@ class _Run:
     def _finish(self, index: int, status: str, error: Exception | None, **facts: Any) -> None:
         if isinstance(error, InputError):
             raise error  # the fault is not the file's
+        result = FileResult(index, self._job.items[index], status, self._stage_seconds.pop(index, {}), error, **facts)
+        self._report.results.append(result)  # before anybody is told, who may be interrupted: the file is there
         self._tell(index, 1, 1)
         self._fraction_of.pop(index, None)
         self._fractions += 1
-        result = FileResult(index, self._job.items[index], status, self._stage_seconds.pop(index, {}), error, **facts)
-        self._report.results.append(result)
         if self.on_result is not None:
             self.on_result(result)
         if error is not None and _concerns_all(error):

@@ -285,10 +285,18 @@ def _network(task: str, model: Any) -> tuple[str, MemNet | FusedMemNet]:
         return name, create_model(name)
     if name in list_models():
         raise InputError(f"'{name}' has no weights, and random ones restore nothing; name a weight file or a bundled model")
-    if not Path(name).exists():
+    if not may_exist(name):
         known = ", ".join(list_models(pretrained=True)) or "none are bundled"
         raise InputError(f"there is no model and no file '{name}'; bundled models: {known}")
     return name, load_weights(name)
+
+
+def may_exist(path: str) -> bool:
+    """Whether there is something, or it cannot be told; who reads it then says why."""
+    try:
+        return Path(path).exists()
+    except OSError:
+        return True
 
 
 def placed(net: MemNet | FusedMemNet, backend: str, precision: str, algorithm: str, device: str, own: bool) -> FusedMemNet:
