@@ -32,6 +32,7 @@ _HOMES = {
         "ImageUnsupported",
         "ImageTooLarge",
         "OutputError",
+        "ProcessLost",
         "NumericError",
         "DeviceOOM",
         "BackendUnavailable",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
         MissingExtra,
         NumericError,
         OutputError,
+        ProcessLost,
     )
     from memnet_fast.fused import FusedMemNet, fuse
     from memnet_fast.health import doctor

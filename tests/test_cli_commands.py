@@ -78,6 +78,8 @@ def test_an_unforeseen_error_is_one_line_unless_verbose(run, monkeypatch, bundle
     code, out, err = run("demo")
     assert (code, out, err) == (1, "", "memnet: error: unexpected RuntimeError: a bug (-v shows where)\n")
     assert "Traceback" in run("demo", "-v")[2]
+    monkeypatch.setattr("memnet_fast.models.list_models", broken)
+    assert run("models")[2] == "memnet: error: unexpected RuntimeError: a bug\n"  # it has no -v
 
 
 def test_models_lists_parameters_tasks_and_psnr(run, bundled):

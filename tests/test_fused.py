@@ -180,7 +180,10 @@ def test_environment_names_backend_and_instruction_set(net, monkeypatch):
     monkeypatch.setenv("MEMNET_BACKEND", "torch")
     assert mf.fuse(net).backend == "torch"
     monkeypatch.setenv("MEMNET_BACKEND", "nothing")
-    with pytest.raises(mf.InputError):
+    with pytest.raises(mf.InputError, match=r"'nothing' \(by MEMNET_BACKEND\)"):
+        mf.fuse(net)
+    monkeypatch.setenv("MEMNET_BACKEND", "cuda")
+    with pytest.raises(mf.BackendUnavailable, match="; MEMNET_BACKEND=cuda asks for it"):
         mf.fuse(net)
     monkeypatch.delenv("MEMNET_BACKEND")
     truth = networks.oracle(net, x)

@@ -70,15 +70,17 @@ def choose(config: MemNetConfig, device: Device, backend: str, precision: str, a
     backend, precision, algorithm: a name or "auto"; MEMNET_BACKEND stands in for backend "auto".
     Raises InputError for unknown names and BackendUnavailable, with the reason, for a request that cannot be met.
     """
-    if backend == "auto":
-        backend = os.environ.get("MEMNET_BACKEND") or "auto"
+    asked_by = ""
+    if backend == "auto" and (own := os.environ.get("MEMNET_BACKEND")):
+        backend, asked_by = own, " (by MEMNET_BACKEND)"
     for name, value, known in (
         ("backend", backend, tuple(LADDER)),
         ("precision", precision, PRECISIONS),
         ("algorithm", algorithm, ALGORITHMS),
     ):
         if value != "auto" and value not in known:
-            raise InputError(f"unknown {name} '{value}'; choose from auto, {', '.join(known)}")
+            whose = asked_by if name == "backend" else ""
+            raise InputError(f"unknown {name} '{value}'{whose}; choose from auto, {', '.join(known)}")
     reasons: list[str] = []
     for name in LADDER if backend == "auto" else [backend]:
         module = LADDER[name]
@@ -94,4 +96,5 @@ def choose(config: MemNetConfig, device: Device, backend: str, precision: str, a
         if reason is None:
             return replace(choice, not_taken=tuple(reasons))
         reasons.append(f"{name}: {reason}")
-    raise BackendUnavailable(backend, "; ".join(reasons) if backend == "auto" else reasons[0].partition(": ")[2])
+    reason = "; ".join(reasons) if backend == "auto" else reasons[0].partition(": ")[2]
+    raise BackendUnavailable(backend, reason + (f"; MEMNET_BACKEND={backend} asks for it" if asked_by else ""))

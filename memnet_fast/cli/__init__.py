@@ -70,7 +70,7 @@ def _run(arguments: list[str]) -> int:
         return error.exit_code
     except Exception as error:
         _trace(state)
-        say_error(f"unexpected {type(error).__name__}: {error}" + ("" if state.verbose else " (-v shows where)"))
+        say_error(f"unexpected {type(error).__name__}: {error}" + (" (-v shows where)" if state.verbose is False else ""))
         return 1
 
 

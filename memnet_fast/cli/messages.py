@@ -15,9 +15,10 @@ import click
 
 @dataclass
 class State:
-    """Shared by the commands of one run. ended_by: the signal that asked this process to end, if one did."""
+    """Shared by the commands of one run. verbose: None while no command has said it, as those without the option never do.
+    ended_by: the signal that asked this process to end, if one did."""
 
-    verbose: bool = False
+    verbose: bool | None = None
     ended_by: int | None = None
 
     def end_if_asked(self) -> None:
