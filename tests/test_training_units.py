@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -537,3 +539,29 @@ def test_statistics_refuse_in_one_line_and_write_nothing() -> None:
             module.channel_statistics(*(good | change).values())
         assert str(raised.value) == said
         assert scratch.untouched and mean.untouched and var.untouched
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 5, 7), (1, 16, 1, 1), (3, 48, 1, 9)])
+def test_new_maps_are_aligned_and_in_channels_last(shape: tuple[int, ...]) -> None:
+    like = torch.zeros(shape).contiguous(memory_format=torch.channels_last)
+    made = units._new_map(like)
+    assert made.shape == like.shape and made.dtype == torch.float32
+    assert made.is_contiguous(memory_format=torch.channels_last)
+    assert made.data_ptr() % 64 == 0 and made.untyped_storage().nbytes() >= made.nbytes
+
+
+def test_new_maps_take_the_places_of_freed_ones() -> None:
+    """In a process of its own, for it changes how the C library keeps memory."""
+    program = """if True:
+        import torch
+        from memnet_fast.training import module, units
+        module._keep_memory()
+        like = torch.empty(1, 64, 64, 64).contiguous(memory_format=torch.channels_last)
+        maps = [units._new_map(like) for _ in range(40)]
+        places = {x.data_ptr() for x in maps[::2]}
+        del maps[::2]
+        print(len(places & {x.data_ptr() for x in [units._new_map(like) for _ in range(20)]}))
+    """
+    pytest.importorskip("lightning", reason="training needs the extra 'train'")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) >= 18
