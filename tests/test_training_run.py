@@ -383,15 +383,15 @@ def test_the_loss_has_the_alpha_of_the_stage(tmp_path: Path, monkeypatch: pytest
 
 
 def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path: Path) -> None:
-    """With batch statistics frozen, k passes over b patches make the step of one pass over the same k * b patches."""
+    """With fixed statistics, k passes over b patches make the step of one pass over the same k * b patches."""
     loaded = recipe(tmp_path)
     stage = dataclasses.replace(loaded.stages[0], optimizer="sgd", clip=0.0, steps=1, warmup=0, lr=1.0, weight_decay=0.0, ema=0)
     steps = {}
     for accumulate in (1, 3):
-        shaped = dataclasses.replace(stage, accumulate=accumulate, batch=6 // accumulate)
-        made = dataclasses.replace(loaded, stages=(shaped,))
+        shaped = dataclasses.replace(stage, accumulate=accumulate, batch=6 // accumulate, statistics="fixed")
+        made = dataclasses.replace(loaded, stages=(shaped,), init="the network below")
         torch.manual_seed(0)
-        trainee = _Frozen(module.MemNet(dataclasses.replace(made.network, num_recursions=1)), made)
+        trainee = _Divided(module.MemNet(dataclasses.replace(made.network, num_recursions=1)), made)
         before = [p.detach().clone() for p in trainee.net.parameters()]
         trainer = module.lightning.Trainer(
             accelerator="cpu", max_steps=1, accumulate_grad_batches=accumulate, logger=False, enable_checkpointing=False
@@ -403,15 +403,11 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path: Path) -> 
     assert max(float(s.abs().max()) for s in steps[1]) > 1e-3
 
 
-class _Frozen(module.StageModule):
-    """Batch normalisation in eval mode, and the same patches however they are divided."""
+class _Divided(module.StageModule):
+    """The same patches however they are divided."""
 
     def __init__(self, net: module.MemNet, made: Any) -> None:
         super().__init__(net, made, 0, images(), lambda m: None)
-
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        self.net.eval()
 
     def samples(self, number: int, share: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
         from memnet_fast.training.samples import sample_batch

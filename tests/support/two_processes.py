@@ -1,4 +1,4 @@
-"""One step of a training with frozen batch statistics, shared by two processes: python two_processes.py FOLDER, with
+"""One step of a training with fixed statistics, shared by two processes: python two_processes.py FOLDER, with
 LOCAL_RANK and MASTER_PORT in the environment. Writes `step` (of every parameter) and, of trainings in which each process has
 its own images, recipe or step, `refused` (what they were told, in lines).
 """
@@ -22,21 +22,15 @@ from memnet_fast.training.module import StageModule
 from support.recipes import images, recipe
 
 
-class _Frozen(StageModule):
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        self.net.eval()
-
-
 def one_step(folder: Path, world: int, count: int = 2, seed: int = 0, begin: int = 0) -> dict[str, Tensor]:
     """What one step of SGD with a rate of 1 subtracts from each parameter. count: of the images. begin: steps before it."""
     loaded = recipe(folder, training__batch=4, seed=seed)
     still = {"clip": 0.0, "steps": 1, "warmup": 0, "lr": 1.0, "weight_decay": 0.0, "ema": 0.0}
-    stage = dataclasses.replace(loaded.stages[0], optimizer="sgd", **still)
-    loaded = dataclasses.replace(loaded, stages=(stage,))
+    stage = dataclasses.replace(loaded.stages[0], optimizer="sgd", statistics="fixed", **still)
+    loaded = dataclasses.replace(loaded, stages=(stage,), init="the network below")
     mine = images()[:count]
     torch.manual_seed(0)
-    module = _Frozen(MemNet(dataclasses.replace(loaded.network, num_recursions=1)), loaded, 0, mine, lambda m: None)
+    module = StageModule(MemNet(dataclasses.replace(loaded.network, num_recursions=1)), loaded, 0, mine, lambda m: None)
     started = run._Run(loaded, folder / "run", mine, [], run.Hardware("cpu", world), run._Stopping(None), threading.Event())
     module.step = begin
     before = {name: p.detach().clone() for name, p in module.net.named_parameters()}
